@@ -1,0 +1,58 @@
+# How is this project tried, tested and checked? `make help` lists the targets.
+#
+# PYTHON is the interpreter everything runs with. A python3 that already has PyTorch, Triton and a GPU is used as it is,
+# so that nothing is downloaded on a GPU machine; elsewhere .venv is made with the versions of constraints.txt.
+# `make PYTHON=/path/to/python ...` overrides this; that interpreter must have what the target needs.
+
+ifeq ($(origin PYTHON), undefined)
+ifeq ($(shell python3 .ci/has_gpu.py && echo yes), yes)
+PYTHON := python3
+else
+PYTHON := .venv/bin/python
+ENVIRONMENT := .venv/stamp
+endif
+endif
+
+# The package is found in src/ by an interpreter in which it is not installed, and by the processes that tests start.
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# A thread of PyTorch's that waits gives its core away. Spinning instead, the default, is a quarter faster on a quiet
+# machine, and ten times slower or worse where the threads share the cores with any other program.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help demo test lint test-gpu test-triton clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: $(ENVIRONMENT)  ## train a small language model with a learned attention bias (about a minute)
+	@$(PYTHON) examples/relative_bias_lm.py
+
+test: lint  ## lint, then every test that needs no GPU
+	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -q -n auto tests/kernels tests/torch
+	@$(PYTHON) -m pytest -q -n auto
+
+lint: $(ENVIRONMENT)  ## formatting, style and types
+	@$(PYTHON) -m ruff format --check --quiet .
+	@$(PYTHON) -m ruff check --quiet .
+	@$(PYTHON) -m mypy
+
+test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
+	@$(PYTHON) -m pytest tests/gpu -q
+
+test-triton: $(ENVIRONMENT)  ## compile every kernel with another Triton: make test-triton VERSION=3.6.0
+	@test -n "$(VERSION)" || { echo "Name a version of Triton: make test-triton VERSION=3.6.0"; exit 2; }
+	@test -d build/triton-$(VERSION) || \
+		$(PYTHON) -m pip install --quiet --no-deps --target build/triton-$(VERSION) triton==$(VERSION)
+	@PYTHONPATH=$(CURDIR)/build/triton-$(VERSION):$(PYTHONPATH) $(PYTHON) -m pytest tests/compile -q -n auto
+
+clean:  ## remove the environment, builds, caches and what the examples wrote
+	@rm -rf .venv build dist examples/output .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/stamp: pyproject.toml constraints.txt
+	@echo "Making .venv (PyTorch and the tools: some minutes)"
+	@python3 -m venv --clear .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,demo]'
+	@touch $@
