@@ -1,0 +1,282 @@
+"""What is asked? Value objects that describe a call without its data, and the only validator.
+
+Everything after `Problem.from_tensors` may rely on what it checked. It runs on every eager call and is traced by
+`torch.compile` with symbolic sizes: sizes are compared, never converted, hashed or formatted, unless a check fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ADDEND_DTYPES = _DTYPES[:3]  # what may be added to scores of any precision; float64 joins float64 only
+
+
+class Mask(NamedTuple):
+    """Which keys a query may see, by position: a band around the diagonal.
+
+    The diagonal starts at (0, 0) if `top_left`, else it ends at (seqlen_q - 1, seqlen_k - 1).
+    """
+
+    left: int | None = None  # keys to the left of the diagonal; None = unbounded
+    right: int | None = None  # keys to the right of it; 0 = causal
+    top_left: bool = False
+
+    @classmethod
+    def of(cls, causal: bool, window: tuple[int | None, int | None] | None, top_left: bool = False) -> Mask:
+        """The mask of a `causal` flag and a `window` (left, right), where a side of None or -1 is unbounded.
+
+        `causal` wins over the right side of the window.
+        """
+        check_flag("causal", causal)
+        if window is None:
+            left = right = None
+        else:
+            if not isinstance(window, tuple):
+                raise TypeError(f"window must be None or a tuple (left, right), got {window!r}")
+            if len(window) != 2:
+                raise ValueError(f"window must be a tuple (left, right), got {window!r}")
+            left, right = _window_side(window, 0), _window_side(window, 1)
+        return cls(left, 0 if causal else right, top_left)
+
+    def diagonal(self, seqlen_q: int, seqlen_k: int) -> int:
+        """The j - i of the keys j on the diagonal, where query i stands."""
+        return 0 if self.top_left else seqlen_k - seqlen_q
+
+    def band(self, seqlen_q: int, seqlen_k: int) -> tuple[int | None, int | None]:
+        """(lower, upper): key j is visible to query i iff lower <= j - i <= upper; None = unbounded."""
+        diagonal = self.diagonal(seqlen_q, seqlen_k)
+        lower = None if self.left is None else diagonal - self.left
+        upper = None if self.right is None else diagonal + self.right
+        return lower, upper
+
+
+class Bias(NamedTuple):
+    """The shape and kind of what is added to the scores."""
+
+    broadcast: tuple[bool, bool, bool, bool]  # axes (batch, heads, seqlen_q, seqlen_k) along which it has size 1
+    dtype: torch.dtype  # torch.bool: a mask, True = may attend
+    needs_grad: bool
+
+    @classmethod
+    def of(cls, bias: Tensor) -> Bias:
+        batch, heads, seqlen_q, seqlen_k = bias.shape
+        return cls((batch == 1, heads == 1, seqlen_q == 1, seqlen_k == 1), bias.dtype, _needs_grad(bias))
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call."""
+
+    q: Tensor  # (batch, seqlen_q, heads_q, head_dim)
+    k: Tensor  # (batch, seqlen_k, heads_kv, head_dim)
+    v: Tensor  # (batch, seqlen_k, heads_kv, head_dim_v)
+    bias: Tensor | None = None  # (1 | batch, 1 | heads_q, 1 | seqlen_q, 1 | seqlen_k)
+    alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q)
+    sink: Tensor | None = None  # (heads_q,)
+
+
+class Problem(NamedTuple):
+    """Everything about a call but its data: what a backend decides on."""
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+    mask: Mask
+    softmax_scale: float
+    softcap: float  # 0.0 = none
+    bias: Bias | None
+    alibi: bool
+    sink: bool
+    dropout_p: float
+    deterministic: bool
+    needs_grad: bool
+
+    @classmethod
+    def from_tensors(
+        cls,
+        inputs: Inputs,
+        *,
+        mask: Mask,
+        softmax_scale: float | None,
+        softcap: float,
+        dropout_p: float,
+        deterministic: bool,
+    ) -> Problem:
+        """Validate a call and describe it.
+
+        `softmax_scale=None` means 1 / sqrt(head_dim); every other number, 0.0 included, means itself. A batch or a
+        sequence length of 0 is valid.
+
+        Raises:
+            TypeError: an argument is of the wrong kind: no tensor, a wrong dtype, no number, no bool.
+            ValueError: an argument is of the right kind, but its shape, device, layout or value is wrong.
+        """
+        q, k, v, bias, alibi_slopes, sink = inputs
+        _check_qkv(q, k, v)
+        batch, seqlen_q, heads_q, head_dim = q.shape
+        _, seqlen_k, heads_kv, head_dim_v = v.shape
+        addend_dtypes = _DTYPES if q.dtype == torch.float64 else _ADDEND_DTYPES
+        if bias is not None:
+            _check_extra("bias", bias, q, (*addend_dtypes, torch.bool))
+            _check_broadcastable("bias", bias, batch=batch, heads_q=heads_q, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        if alibi_slopes is not None:
+            _check_extra("alibi_slopes", alibi_slopes, q, (torch.float32,))
+            _check_slopes("alibi_slopes", alibi_slopes, batch, heads_q)
+        if sink is not None:
+            _check_extra("sink", sink, q, addend_dtypes)
+            _check_shape("sink", sink, heads_q=heads_q)
+        check_flag("deterministic", deterministic)
+        return cls(
+            batch=batch,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            dtype=q.dtype,
+            device=q.device,
+            mask=mask,
+            softmax_scale=head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale),
+            softcap=_number("softcap", softcap, low=0.0),
+            bias=None if bias is None else Bias.of(bias),
+            alibi=alibi_slopes is not None,
+            sink=sink is not None,
+            dropout_p=_number("dropout_p", dropout_p, low=0.0, below=1.0),
+            deterministic=deterministic,
+            needs_grad=any(_needs_grad(tensor) for tensor in inputs),
+        )
+
+
+def _needs_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a TypeError that names the argument unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_tensor("q", q)
+    _check_dtype("q", q, _DTYPES)
+    _check_shape("q", q, batch=None, seqlen_q=None, heads_q=None, head_dim=None)
+    batch, _, heads_q, head_dim = q.shape
+    _check_head_dim("q", head_dim)
+
+    _check_tensor("k", k)
+    _check_like_q("k", k, q)
+    _check_shape("k", k, batch=batch, seqlen_k=None, heads_kv=None, head_dim=head_dim)
+    _, seqlen_k, heads_kv, _ = k.shape
+    _check_heads(heads_q, heads_kv)
+
+    _check_tensor("v", v)
+    _check_like_q("v", v, q)
+    _check_shape("v", v, batch=batch, seqlen_k=seqlen_k, heads_kv=heads_kv, head_dim_v=None)
+    _check_head_dim("v", v.shape[3])
+
+
+def _check_extra(name: str, tensor: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    _check_tensor(name, tensor)
+    _check_dtype(name, tensor, dtypes)
+    _check_device(name, tensor, q)
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be a dense strided tensor, got {'nested' if tensor.is_nested else tensor.layout}"
+        )
+
+
+def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+
+
+def _check_like_q(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    _check_device(name, tensor, q)
+
+
+def _check_shape(name: str, tensor: Tensor, **axes: int | None) -> None:
+    """Each axis has its given size; None = any."""
+    shape = tensor.shape
+    fits = len(shape) == len(axes) and all(
+        required is None or size == required for size, required in zip(shape, axes.values(), strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be {_named(axes)}, got {tuple(shape)}")
+
+
+def _check_broadcastable(name: str, tensor: Tensor, **axes: int) -> None:
+    shape = tensor.shape
+    fits = len(shape) == len(axes) and all(size in (1, full) for size, full in zip(shape, axes.values(), strict=True))
+    if not fits:
+        raise ValueError(f"{name} must be broadcastable to {_named(axes)}, got {tuple(shape)}")
+
+
+def _check_slopes(name: str, slopes: Tensor, batch: int, heads_q: int) -> None:
+    if slopes.dim() == 2:
+        _check_shape(name, slopes, batch=batch, heads_q=heads_q)
+    else:
+        _check_shape(name, slopes, heads_q=heads_q)
+    if _needs_grad(slopes):
+        raise ValueError(f"{name} must not require grad (it is not differentiable), got requires_grad=True")
+
+
+def _check_heads(heads_q: int, heads_kv: int) -> None:
+    if heads_q == 0 or heads_kv == 0 or heads_q % heads_kv != 0:
+        raise ValueError(f"q must have a positive multiple of the heads of k, {heads_kv}, got {heads_q}")
+
+
+def _check_head_dim(name: str, head_dim: int) -> None:
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+
+
+def _number(name: str, value: float, low: float = -math.inf, below: float = math.inf) -> float:
+    """A finite number, low <= value < below."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (low <= value < below and value > -math.inf):
+        raise ValueError(f"{name} must be {'finite' if low == -math.inf else f'in [{low:g}, {below:g})'}, got {value}")
+    return float(value)
+
+
+def _window_side(window: tuple[int | None, int | None], side: int) -> int | None:
+    value = window[side]
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"window must hold integers or None, got {window!r}")
+    if value < -1:
+        raise ValueError(f"window must have sides of at least 0, or -1 or None for unbounded, got {window!r}")
+    return None if value == -1 else value
+
+
+def _named(axes: Mapping[str, int | None]) -> str:
+    """(batch=2, seqlen_k, heads_kv, head_dim=64): an axis of any size stands without one."""
+    return f"({', '.join(name if size is None else f'{name}={size}' for name, size in axes.items())})"

@@ -1,0 +1,101 @@
+"""What is exact attention? The specification, in plain PyTorch: every other backend is checked against it.
+
+It materialises the scores, so that it needs O(seqlen_q * seqlen_k) memory; autograd differentiates it.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from triton_attention.philox import draw_seed, dropout_mask
+from triton_attention.problem import Inputs, Problem
+
+
+def attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a validated call.
+
+        scores[i, j] = softmax_scale * q[i] . k[j]
+                     -> softcap * tanh(scores / softcap)       if softcap > 0
+                     - alibi_slope * |i + diagonal - j|        diagonal = seqlen_k - seqlen_q, or 0 if top-left aligned
+                     + bias[i, j]
+                     -> -inf where the mask or a bool bias hides key j from query i
+        lse[i]       = log(sum over j of exp(scores[i, j]) + exp(sink))
+        out[i]       = sum over j of dropout(exp(scores[i, j] - lse[i])) v[j]
+
+    out is (batch, seqlen_q, heads_q, head_dim_v) in the dtype of q; lse, the natural logarithm with the sink in it, is
+    (batch, heads_q, seqlen_q) in the dtype that everything is computed in: float64 for float64 inputs, else float32.
+    A query that sees no key has out 0, lse -inf (with a sink: lse = sink), and gradient 0. Query head h reads the
+    key/value head h // (heads_q // heads_kv). Dropout keeps what `philox.dropout_mask` says, scaled by
+    1 / (1 - dropout_p), and leaves lse as it is. Differentiable, any number of times, in all inputs but alibi_slopes.
+    """
+    b, h, hk, seqlen_q, seqlen_k = problem.batch, problem.heads_q, problem.heads_kv, problem.seqlen_q, problem.seqlen_k
+    rows = h // hk * seqlen_q  # the queries of all heads that share a key/value head
+    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    with _without_autocast(problem.device):
+        q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))  # (b, heads, s, d)
+        q = (problem.softmax_scale * q).reshape(b, hk, rows, problem.head_dim)
+        scores = (q @ k.mT).view(b, h, seqlen_q, seqlen_k)
+        weights, lse = _softmax(_modified(scores, inputs, problem), inputs.sink)
+        if problem.dropout_p > 0:
+            kept = dropout_mask(draw_seed(problem.device), problem.dropout_p, b, h, seqlen_q, seqlen_k)
+            weights = weights.masked_fill(~kept, 0) / (1 - problem.dropout_p)
+        out = (weights.view(b, hk, rows, seqlen_k) @ v).view(b, h, seqlen_q, problem.head_dim_v)
+        return out.to(problem.dtype).transpose(1, 2).contiguous(), lse
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products of float32 in float32. The meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _modified(scores: Tensor, inputs: Inputs, problem: Problem) -> Tensor:
+    """The scores after softcap, ALiBi, bias and mask: (b, h, sq, sk)."""
+    if problem.softcap > 0:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+
+    queries = torch.arange(problem.seqlen_q, device=problem.device)[:, None]
+    keys = torch.arange(problem.seqlen_k, device=problem.device)
+    offset = keys - queries  # (sq, sk)
+    if inputs.alibi_slopes is not None:
+        distance = (offset - problem.mask.diagonal(problem.seqlen_q, problem.seqlen_k)).abs()
+        slopes = inputs.alibi_slopes.to(scores.dtype)[..., None, None]  # (h, 1, 1) or (b, h, 1, 1)
+        scores = scores - slopes * distance
+
+    if inputs.bias is not None:
+        if inputs.bias.dtype == torch.bool:
+            scores = scores.masked_fill(~inputs.bias, -math.inf)
+        else:
+            scores = scores + inputs.bias.to(scores.dtype)
+
+    lower, upper = problem.mask.band(problem.seqlen_q, problem.seqlen_k)
+    if lower is not None:
+        scores = scores.masked_fill(offset < lower, -math.inf)
+    if upper is not None:
+        scores = scores.masked_fill(offset > upper, -math.inf)
+    return scores
+
+
+def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(scores) (b, h, sq, sk) and lse (b, h, sq).
+
+    Where nothing is visible, the probabilities are 0 and lse -inf, and all gradients are 0.
+    """
+    b, h, seqlen_q, seqlen_k = scores.shape
+    logits = scores.new_full((1, 1), -math.inf) if sink is None else sink.to(scores.dtype)[:, None]  # (1 | h, 1)
+
+    # The largest logit of a row: it cancels out of the result, so that no gradient has to pass through it.
+    shift = logits.detach().expand(b, h, seqlen_q)
+    if seqlen_k > 0:
+        shift = torch.maximum(shift, scores.detach().amax(dim=-1))
+    shift = shift.masked_fill(shift == -math.inf, 0)
+
+    weights = torch.exp(scores - shift[..., None])
+    total = weights.sum(dim=-1) + torch.exp(logits - shift)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    lse = (shift + torch.log(total)).masked_fill(empty, -math.inf)
+    return weights / total[..., None], lse
