@@ -1,0 +1,114 @@
+"""Which operators does PyTorch see? Opaque ones: `torch.compile` and autograd know their shapes and gradients only.
+
+There is one operator a pass, the same for every Triton backend; the launchers that load Triton are imported when one
+runs. Outputs that are absent are empty tensors, so that the schemas have a fixed arity.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from triton_attention.problem import Inputs, Mask, Problem
+
+_CALL = "float softmax_scale, int? left, int? right, bool top_left, str backend"
+
+torch.library.define(
+    "triton_attention::attention_fwd",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_CALL}) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "triton_attention::attention_bwd",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, bool needs_dbias, "
+    f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+)
+
+
+def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a Triton backend, differentiable in q, k, v and the bias."""
+    for tensor in inputs[:4]:  # the operator would drop a tangent in silence: its results would be constants
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "attention has no forward-mode derivative on the Triton backends; backend='reference' has one"
+            )
+    mask = problem.mask
+    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(
+        inputs.q, inputs.k, inputs.v, inputs.bias, problem.softmax_scale, mask.left, mask.right, mask.top_left, backend
+    )
+    return result
+
+
+def _launcher(backend: str) -> ModuleType:
+    return import_module(f"triton_attention.{backend}.launch")
+
+
+@torch.library.impl("triton_attention::attention_fwd", ("cpu", "cuda"))
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float, left: int | None, right: int | None,
+    top_left: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    result: tuple[Tensor, Tensor] = _launcher(backend).forward(
+        q, k, v, bias, Mask(left, right, top_left), softmax_scale
+    )
+    return result
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    batch, seqlen_q, heads, _ = q.shape
+    return q.new_empty(batch, seqlen_q, heads, v.shape[3]), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+
+
+@torch.library.impl("triton_attention::attention_bwd", ("cpu", "cuda"))
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    needs_dbias: bool, softmax_scale: float, left: int | None, right: int | None, top_left: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mask = Mask(left, right, top_left)
+    dq, dk, dv, dbias = _launcher(backend).backward(
+        dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias
+    )
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    needs_dbias: bool, *call: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if bias is None or not needs_dbias:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)  # q, k, v, bias, out, lse: nothing that grows with seqlen^2
+    ctx.call = inputs[4:]
+    ctx.set_materialize_grads(False)  # most calls use `out` alone: then there is no dlse to add
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    needs_dbias = bias is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = torch.ops.triton_attention.attention_bwd(
+        dout, dlse, q, k, v, bias, out, lse, needs_dbias, *ctx.call
+    )
+    return dq, dk, dv, dbias if needs_dbias else None, *(None for _ in ctx.call)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "attention can be differentiated once on the Triton backends; backend='reference' has higher derivatives"
+    )
+
+
+torch.library.register_fake("triton_attention::attention_fwd", _forward_fake)
+torch.library.register_fake("triton_attention::attention_bwd", _backward_fake)
+torch.library.register_autograd("triton_attention::attention_fwd", _differentiate, setup_context=_save_for_backward)
+torch.library.register_autograd("triton_attention::attention_bwd", _refuse_second_derivative)

@@ -1,0 +1,63 @@
+"""The forward kernel: softmax(scores) v and the log-sum-exp, in one pass over the keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from triton_attention import blocks
+from triton_attention.kernel import jit_plain
+from triton_attention.portable.bias import load_bias
+from triton_attention.portable.softmax import score_tile, softmax_begin, softmax_end, softmax_update
+from triton_attention.portable.tiles import load_tile, store_rows, store_tile
+
+visible_range = jit_plain(blocks.visible_range)
+tile_order = jit_plain(blocks.tile_order)
+
+
+@triton.jit
+def attend(
+    state, q, k, v, bias, batch, head, start_m, begin, end, call, SPEC: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take the keys [begin, end) into the softmax state of a block of queries."""
+    head_kv = head // call.group
+    for start_n in range(begin, end, TILE.BLOCK_N):
+        k_tile = load_tile(
+            k, batch, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, not MASKED
+        )
+        bias_tile = load_bias(bias, batch, head, start_m, start_n, call, SPEC, TILE)
+        scores = score_tile(q, k_tile, bias_tile, start_m, start_n, call, SPEC, TILE, MASKED, TRANSPOSED=False)
+        v_tile = load_tile(
+            v, batch, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA,
+            not MASKED,
+        )  # fmt: skip
+        state = softmax_update(state, scores, call.scale_log2 if SPEC.RAW_SCORES else 1.0, v_tile, SPEC)
+    return state
+
+
+@triton.jit
+def attention_fwd(q, k, v, bias, out, lse, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """out = softmax(softmax_scale q k^T + bias + mask) v and lse = log sum exp of the scores.
+
+    Grid: one program for each block of BLOCK_M queries of each head of each batch entry. It owns these rows of
+    `out` (batch, seqlen_q, heads_q, head_dim_v) and `lse` (batch, heads_q, seqlen_q), and visits the keys they see.
+    """
+    num_blocks = tl.cdiv(call.seqlen_q, TILE.BLOCK_M)
+    block, head, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, SPEC.HAS_UPPER)
+    start_m = block * TILE.BLOCK_M
+    begin, full_begin, full_end, end = visible_range(
+        start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER,
+        TILE.BLOCK_M, TILE.BLOCK_N,
+    )  # fmt: skip
+    q_tile = load_tile(
+        q, batch, head, start_m, call.seqlen_q, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, False
+    )
+    state = softmax_begin(TILE.BLOCK_M, SPEC.BLOCK_DV)
+    if SPEC.HAS_LOWER:
+        state = attend(state, q_tile, k, v, bias, batch, head, start_m, begin, full_begin, call, SPEC, TILE, True)
+    state = attend(state, q_tile, k, v, bias, batch, head, start_m, full_begin, full_end, call, SPEC, TILE, False)
+    state = attend(state, q_tile, k, v, bias, batch, head, start_m, full_end, end, call, SPEC, TILE, True)
+    out_tile, lse_rows = softmax_end(state)
+    store_tile(out, out_tile, batch, head, start_m, call.seqlen_q, SPEC.HEAD_DIM_V)
+    store_rows(lse, lse_rows, batch, head, start_m, call.heads_q, call.seqlen_q)

@@ -1,0 +1,315 @@
+"""How does a call become kernel launches: outputs, arguments, Spec and Tile?
+
+The plans are pure: they allocate and describe. So the same plan runs on a GPU and in Triton's interpreter and, made
+with meta tensors, compiles for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from triton_attention.kernel import Argument, Launch, run
+from triton_attention.portable import backward as bwd
+from triton_attention.portable import forward as fwd
+from triton_attention.portable.bias import BiasTensor
+from triton_attention.portable.configs import GPUS, Spec, Tile, gpu_family, tile_for
+from triton_attention.portable.tiles import Call, Strided
+from triton_attention.problem import Mask
+
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
+_LOG2_E = math.log2(math.e)
+_ABSENT = Argument(None, None)
+_LARGEST_BLOCK = 256  # rows of a tile: offsets within it fit 32 bits while the stride of a row times this does
+
+
+class Settings(NamedTuple):
+    """What is computed from the tensors of a call, and for which family of GPUs."""
+
+    mask: Mask
+    softmax_scale: float
+    family: str
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a validated call that is not empty; see `triton_attention.attention`."""
+    with _device(q):
+        plan = plan_forward(q, k, v, bias, Settings(mask, softmax_scale, _family(q.device)))
+        run(plan.launch)
+    return plan.out, plan.lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    mask: Mask, softmax_scale: float, needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dq, dk, dv, dbias), each in the shape and dtype of its tensor; dbias is None unless it is needed."""
+    with _device(q):
+        settings = Settings(mask, softmax_scale, _family(q.device))
+        plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, settings, needs_dbias)
+        for launch in plan.launches:
+            run(launch)
+        if plan.dbias is None or bias is None:
+            return plan.dq, plan.dk, plan.dv, None
+        return plan.dq, plan.dk, plan.dv, plan.dbias.sum_to_size(bias.shape).to(bias.dtype)
+
+
+class ForwardPlan(NamedTuple):
+    """The outputs, and the launch that fills them."""
+
+    out: Tensor
+    lse: Tensor
+    launch: Launch
+
+
+class BackwardPlan(NamedTuple):
+    """The gradients, and the launches that fill them, in order.
+
+    `dbias` has the shape and dtype of the bias, or is float32 with axes that are still to be summed.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+    launches: list[Launch]
+
+
+def plan_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings) -> ForwardPlan:
+    batch, seqlen_q, heads, _ = q.shape
+    out = q.new_empty(batch, seqlen_q, heads, v.shape[3])
+    lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+    planner = _Planner(q, k, v, bias, None, settings)
+    launch = planner.launch(
+        fwd.attention_fwd,
+        lambda tile: triton.cdiv(seqlen_q, tile.BLOCK_M) * heads * batch,
+        (_strided(out), _flat(lse)),
+    )
+    return ForwardPlan(out, lse, launch)
+
+
+def plan_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    settings: Settings, needs_dbias: bool,
+) -> BackwardPlan:  # fmt: skip
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k, heads_kv = k.shape[1], k.shape[2]
+    dout = _with_unit_last_stride(dout)
+    planner = _Planner(q, k, v, bias, dout, settings)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    kind, dbias = "none", None
+    if needs_dbias and bias is not None:
+        kind, dbias = planner.new_dbias(bias)
+
+    padded = triton.cdiv(seqlen_q, bwd.ROW_PADDING.value) * bwd.ROW_PADDING.value
+    lse_log2, delta = q.new_empty(2, batch, heads, padded, dtype=torch.float32)
+    rows = (_flat(lse_log2), _flat(delta))
+    spec, tile = planner.variant("attention_bwd_rows")
+    dlse_argument = _ABSENT if dlse is None else _flat(dlse.contiguous())
+    arguments = (_strided(out), _strided(dout), _flat(lse), dlse_argument, *rows, planner.call)
+    launches = [
+        Launch(bwd.attention_bwd_rows, triton.cdiv(padded, tile.BLOCK_M) * heads * batch, arguments, spec, tile),
+        planner.launch(
+            bwd.attention_bwd_dkdv,
+            lambda tile: triton.cdiv(seqlen_k, tile.BLOCK_N) * heads_kv * batch,
+            (*rows, _strided(dk), _strided(dv), _flat(dbias) if dbias is not None and kind == "cols" else _ABSENT),
+            "cols" if kind == "cols" else "none",
+        ),
+    ]
+    along_queries = _ABSENT
+    if dbias is not None and kind in ("tile", "rows"):
+        along_queries = _bias(dbias) if kind == "tile" else _flat(dbias)
+    launches.append(
+        planner.launch(
+            bwd.attention_bwd_dq,
+            lambda tile: triton.cdiv(seqlen_q, tile.BLOCK_M) * heads * batch,
+            (*rows, _strided(dq), along_queries),
+            kind if kind in ("tile", "rows") else "none",
+        )
+    )
+    if dbias is not None and kind == "shared":
+        matrices = dbias.shape[0] * dbias.shape[1]
+        sharing = bwd.Sharing(dbias.shape[1], batch // dbias.shape[0], heads // dbias.shape[1])
+        launches.append(
+            planner.launch(
+                bwd.attention_bwd_dbias,
+                lambda tile: triton.cdiv(seqlen_q, tile.BLOCK_M) * triton.cdiv(seqlen_k, tile.BLOCK_N) * matrices,
+                (*rows, _bias(dbias), Argument(sharing, bwd.Sharing("i32", "i32", "i32"))),
+            )
+        )
+    return BackwardPlan(dq, dk, dv, dbias, launches)
+
+
+class _Planner:
+    """The tensors that every kernel of a call reads, and the variants it needs."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor | None, settings: Settings
+    ) -> None:
+        batch, seqlen_q, heads, _ = q.shape
+        seqlen_k, heads_kv = k.shape[1], k.shape[2]
+        self.q, self.k, self.v = (_with_unit_last_stride(tensor) for tensor in (q, k, v))
+        self.dout = dout
+        self.settings = settings
+        self.bias, self.varies = None, (False, False)
+        if bias is not None:
+            bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+            self.varies = (bias.shape[2] > 1, bias.shape[3] > 1)
+            bias = _with_unit_last_stride(bias) if self.varies[1] else bias
+            self.bias = bias.expand(batch, heads, seqlen_q, seqlen_k)  # stride 0 along an axis that is broadcast
+        self.bias_is_mask = bias is not None and bias.dtype == torch.uint8
+        self.access = _access([x for x in (self.q, self.k, self.v, dout) if x is not None], settings.family)
+        lower, upper = settings.mask.band(seqlen_q, seqlen_k)
+        self.banded = (lower is not None, upper is not None)
+        scale = settings.softmax_scale
+        numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, lower or 0, upper or 0, scale, scale * _LOG2_E)
+        self.call = Argument(numbers, _CALL_TYPES)
+
+    def variant(self, kernel: str, dbias: str = "none") -> tuple[Spec, Tile]:
+        head_dim, head_dim_v = self.q.shape[3], self.v.shape[3]
+        spec = Spec(
+            HEAD_DIM=head_dim,
+            HEAD_DIM_V=head_dim_v,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
+            HAS_LOWER=self.banded[0],
+            HAS_UPPER=self.banded[1],
+            BIAS="none" if self.bias is None else "mask" if self.bias_is_mask else "added",
+            BIAS_ROWS=self.varies[0],
+            BIAS_COLS=self.varies[1],
+            DBIAS=dbias,
+            RAW_SCORES=self.bias is None and self.settings.softmax_scale > 0.0,
+        )
+        tile = tile_for(kernel, self.settings.family, self.access, spec)
+        if tile.TMA and self.bias is not None and all(self.varies) and _is_aligned(self.bias):
+            tile = replace(tile, TMA_BIAS=True)
+        return spec, tile
+
+    def launch(
+        self, kernel: Any, programs: Callable[[Tile], int], outputs: tuple[Argument, ...], dbias: str = "none"
+    ) -> Launch:
+        """A kernel over the operands that fills `outputs`, with as many programs as its tile asks for."""
+        spec, tile = self.variant(kernel.__name__, dbias)
+        return Launch(kernel, programs(tile), (*self.operands(spec, tile), *outputs, self.call), spec, tile)
+
+    def operands(self, spec: Spec, tile: Tile) -> list[Argument]:
+        """q, k, v, the bias, and in the backward dout."""
+        if tile.TMA:
+            arguments = [
+                _descriptor(self.q.transpose(1, 2), tile.BLOCK_M, spec.BLOCK_D),
+                _descriptor(self.k.transpose(1, 2), tile.BLOCK_N, spec.BLOCK_D),
+                _descriptor(self.v.transpose(1, 2), tile.BLOCK_N, spec.BLOCK_DV),
+            ]
+        else:
+            arguments = [_strided(self.q), _strided(self.k), _strided(self.v)]
+        if self.bias is None:
+            arguments.append(_ABSENT)
+        elif tile.TMA_BIAS:
+            arguments.append(_descriptor(self.bias, tile.BLOCK_M, tile.BLOCK_N))
+        else:
+            arguments.append(_bias(self.bias))
+        if self.dout is not None:
+            dout = self.dout
+            arguments.append(
+                _descriptor(dout.transpose(1, 2), tile.BLOCK_M, spec.BLOCK_DV) if tile.TMA else _strided(dout)
+            )
+        return arguments
+
+    def new_dbias(self, bias: Tensor) -> tuple[str, Tensor]:
+        """How the gradient of the bias is made, and the tensor that the kernels fill: see backward.py."""
+        batch, seqlen_q, heads, _ = self.q.shape
+        if all(self.varies):
+            if bias.shape[:2] != (batch, heads):
+                return "shared", torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+            new = torch.zeros if any(self.banded) else torch.empty  # tiles outside the band are not visited
+            return "tile", new(bias.shape, dtype=bias.dtype, device=bias.device)
+        if self.varies[1]:
+            return "cols", bias.new_empty(batch, heads, 1, self.k.shape[1], dtype=torch.float32)
+        return "rows", bias.new_empty(batch, heads, seqlen_q, 1, dtype=torch.float32)
+
+
+_CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
+
+
+def _with_unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _pointer_type(tensor: Tensor) -> str:
+    return f"*{_DTYPES[tensor.dtype]}{':16' if tensor.data_ptr() % 16 == 0 else ''}"
+
+
+def _stride_types(tensor: Tensor, row: int) -> tuple[str, str, str]:
+    """Types of two outer strides and that of a row, with what is known of their divisibility."""
+    multiple = 16 // tensor.element_size()
+    hint = f":{multiple}" if all(stride % multiple == 0 for stride in tensor.stride()[:3]) else ""
+    return f"i64{hint}", f"i64{hint}", f"{'i64' if row * _LARGEST_BLOCK >= 2**31 else 'i32'}{hint}"
+
+
+def _flat(tensor: Tensor) -> Argument:
+    """A contiguous tensor."""
+    return Argument(tensor, _pointer_type(tensor))
+
+
+def _strided(tensor: Tensor) -> Argument:
+    """A (batch, seqlen, heads, dim) tensor."""
+    batch, row, head, _ = tensor.stride()
+    types = Strided(_pointer_type(tensor), *_stride_types(tensor, row))
+    return Argument(Strided(tensor, batch, head, row), types)
+
+
+def _bias(tensor: Tensor) -> Argument:
+    """A (batch, heads, seqlen_q, seqlen_k) tensor."""
+    batch, head, row, _ = tensor.stride()
+    types = BiasTensor(_pointer_type(tensor), *_stride_types(tensor, row))
+    return Argument(BiasTensor(tensor, batch, head, row), types)
+
+
+def _access(tensors: list[Tensor], family: str) -> str:
+    """How tiles of these tensors can be read: see `configs.rows_for`."""
+    if tensors[0].dtype == torch.float32:
+        return "float32"
+    if not all(_is_aligned(tensor) for tensor in tensors):
+        return "elements"
+    return "descriptors" if GPUS[family].descriptors else "vectors"
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, as wide loads and tensor descriptors want it."""
+    size = tensor.element_size()
+    return (
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(3) == 1
+        and all(stride * size % 16 == 0 and stride * size < 2**40 for stride in tensor.stride()[:3])
+    )
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
+    """Tiles (rows, columns) of the matrices of a (batch, heads, rows, columns) tensor."""
+    block = [1, 1, rows, columns]
+    descriptor: Any = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+    return Argument(descriptor, f"tensordesc<{_DTYPES[tensor.dtype]}{block}>")
+
+
+def _device(tensor: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@lru_cache
+def _family(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    target = driver.active.get_current_target()
+    return gpu_family(target.backend, target.arch)

@@ -1,0 +1,37 @@
+"""Which problems does the portable backend run, and why not the others? Needs no Triton to answer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+from triton_attention.problem import Problem
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@lru_cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def why_not(problem: Problem) -> list[str]:
+    """Every reason for which the portable backend does not run this problem; none means that it does."""
+    reasons = []
+    if not _triton_is_installed():
+        reasons.append("triton is not installed")
+    if problem.device.type != "cuda":
+        reasons.append(f"runs on CUDA and ROCm GPUs, and the tensors are on {problem.device.type}")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"computes in float16, bfloat16 and float32, and the tensors are {problem.dtype}")
+    if problem.softcap != 0.0:
+        reasons.append("has no softcap")
+    if problem.alibi:
+        reasons.append("has no alibi_slopes; as a bias of shape (batch or 1, heads, seqlen_q, seqlen_k) they work")
+    if problem.sink:
+        reasons.append("has no sink")
+    if problem.dropout_p != 0.0:
+        reasons.append("has no dropout")
+    return reasons

@@ -1,0 +1,105 @@
+"""How does a kernel read and write a tile of a tensor in global memory?
+
+Offsets that depend on the batch, the head (whose strides are 64-bit) and the block are 64-bit scalars. Within a tile
+they have the width of the stride along the sequence, which the host makes 64-bit only where a tile could pass 2^31
+elements.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Strided(NamedTuple):
+    """A (batch, seqlen, heads, dim) tensor: its pointer and element strides; the stride along dim is 1."""
+
+    ptr: object
+    batch: object
+    head: object
+    seq: object
+
+
+class Call(NamedTuple):
+    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper."""
+
+    seqlen_q: object
+    seqlen_k: object
+    heads_q: object
+    group: object  # query heads per key head
+    lower: object
+    upper: object
+    softmax_scale: object
+    scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
+
+
+@triton.jit
+def tile_pointers(tensor, batch, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    origin = batch * tensor.batch + head * tensor.head + tl.cast(start, tl.int64) * tensor.seq
+    rows = tl.arange(0, BLOCK)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    return tensor.ptr + origin + (rows * tensor.seq + dims)  # (BLOCK, BLOCK_D)
+
+
+@triton.jit
+def tile_inside(start, seqlen, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of a tile exist."""
+    inside = (start + tl.arange(0, BLOCK) < seqlen)[:, None]
+    if DIM < BLOCK_D:
+        inside = inside & (tl.arange(0, BLOCK_D) < DIM)[None, :]
+    return inside
+
+
+@triton.jit
+def load_tile(
+    tensor, batch, head, start, seqlen, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Rows [start, start + BLOCK) of one head, (BLOCK, BLOCK_D), zero beyond the sequence and beyond DIM.
+
+    `tensor` is a `Strided`, or with TMA a tensor descriptor over (batch, heads, seqlen, dim), whose loads fill with
+    zeros by themselves. FULL promises that all the rows exist.
+    """
+    if TMA:
+        tile = tl.reshape(tensor.load([batch, head, start, 0]), [BLOCK, BLOCK_D])
+    else:
+        pointers = tile_pointers(tensor, batch, head, start, BLOCK, BLOCK_D)
+        if not FULL:
+            tile = tl.load(pointers, mask=tile_inside(start, seqlen, BLOCK, DIM, BLOCK_D), other=0.0)
+        elif DIM < BLOCK_D:
+            tile = tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < DIM)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(tensor, tile, batch, head, start, seqlen, DIM: tl.constexpr):
+    """Write a (BLOCK, BLOCK_D) tile to rows [start, start + BLOCK) of one head, where they exist."""
+    BLOCK: tl.constexpr = tile.shape[0]
+    BLOCK_D: tl.constexpr = tile.shape[1]
+    pointers = tile_pointers(tensor, batch, head, start, BLOCK, BLOCK_D)
+    inside = tile_inside(start, seqlen, BLOCK, DIM, BLOCK_D)
+    tl.store(pointers, tile.to(tensor.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_pointers(pointer, batch, head, start, heads, seqlen, BLOCK: tl.constexpr):
+    """Pointers into a contiguous (batch, heads, seqlen) tensor: one number a row."""
+    origin = tl.cast(batch * heads + head, tl.int64) * seqlen + start
+    return pointer + origin + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_rows(pointer, batch, head, start, heads, seqlen, other, BLOCK: tl.constexpr):
+    pointers = row_pointers(pointer, batch, head, start, heads, seqlen, BLOCK)
+    return tl.load(pointers, mask=start + tl.arange(0, BLOCK) < seqlen, other=other)
+
+
+@triton.jit
+def store_rows(pointer, values, batch, head, start, heads, seqlen):
+    BLOCK: tl.constexpr = values.shape[0]
+    pointers = row_pointers(pointer, batch, head, start, heads, seqlen, BLOCK)
+    tl.store(pointers, values, mask=start + tl.arange(0, BLOCK) < seqlen)
