@@ -1,0 +1,80 @@
+"""Does a kernel compile for a GPU that is not here, and what does it need there?
+
+Plans are made with meta tensors, so that nothing is computed; Triton and its ptxas compile them down to the binary.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+
+from triton_attention.kernel import Launch, compile_launch
+from triton_attention.portable.configs import gpu_family
+from triton_attention.portable.launch import Settings, plan_backward, plan_forward
+from triton_attention.testing.cases import Case
+from triton_attention.testing.inputs import make_inputs
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Resources(NamedTuple):
+    """What one block of a compiled kernel needs."""
+
+    shared_memory: int  # bytes
+    tensor_memory: int  # columns
+    registers: int  # of a thread
+    spills: int  # bytes of a thread's registers that go through memory
+
+
+def launches(case: Case, target: GPUTarget) -> list[Launch]:
+    """What a forward and a backward pass of `case` launch on `target`."""
+    inputs, problem = make_inputs(case, "meta")
+    settings = Settings(problem.mask, problem.softmax_scale, gpu_family(target.backend, target.arch))
+    q, k, v, bias = (None if tensor is None else tensor.detach() for tensor in inputs[:4])
+    if q is None or k is None or v is None:
+        raise ValueError(f"case must have q, k and v, got {case}")
+    forward = plan_forward(q, k, v, bias, settings)
+    dout = torch.empty_like(forward.out)
+    needs_dbias = bias is not None and bias.dtype != torch.bool
+    backward = plan_backward(dout, None, q, k, v, bias, forward.out, forward.lse, settings, needs_dbias)
+    return [forward.launch, *backward.launches]
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Resources:
+    """Compile down to the binary and read what it needs."""
+    compiled = compile_launch(launch, target)
+    if target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        registers, spilled = (
+            int(re.findall(rf"\.{what}:\s*(\d+)", assembly)[0]) for what in ("vgpr_count", "vgpr_spill_count")
+        )
+        return Resources(compiled.metadata.shared, 0, registers, 4 * spilled)
+    usage = _resource_usage(compiled)
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Resources(compiled.metadata.shared, tensor_memory, registers, stack)
+
+
+def _resource_usage(compiled: CompiledKernel) -> str:
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,145 @@
+"""Is a result right? err <= 2 x err(PyTorch in the same dtype) + rounding, every error measured against float64.
+
+PyTorch's own error on the very same inputs says how well they can be treated in that dtype: nothing is tuned by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_attention import reference
+from triton_attention.problem import Inputs, Problem
+
+Attention = Callable[[Inputs, Problem], tuple[Tensor, Tensor]]  # -> (out, lse)
+
+
+class Row(NamedTuple):
+    """The largest error of one result, that of PyTorch in the same dtype, and what is allowed."""
+
+    name: str
+    error: float
+    baseline: float
+    allowed: float
+
+    @property
+    def good(self) -> bool:
+        return self.error <= self.allowed  # False for a NaN
+
+
+class Check(NamedTuple):
+    """The errors of out, lse, and the gradients; str() of it is a table."""
+
+    rows: Sequence[Row]
+
+    @property
+    def good(self) -> bool:
+        return all(row.good for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{'':6}{'error':>10}{'PyTorch':>10}{'allowed':>10}"]
+        for row in self.rows:
+            verdict = "ok" if row.good else "WRONG"
+            lines.append(f"{row.name:6}{row.error:10.1e}{row.baseline:10.1e}{row.allowed:10.1e}  {verdict}")
+        return "\n".join(lines)
+
+
+def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem, seed: int = 0) -> Check:
+    """Run `attention` forward and backward (through out and lse) and compare with the reference in float64.
+
+    `attention` takes (inputs, problem) and returns (out, lse), such as `triton_attention.reference.attention`.
+    """
+    generator = torch.Generator(problem.device).manual_seed(seed)
+    batch, seqlen_q, heads = problem.batch, problem.seqlen_q, problem.heads_q
+    dout = torch.randn(batch, seqlen_q, heads, problem.head_dim_v, generator=generator, device=problem.device)
+    dout = dout.to(problem.dtype)
+    dlse = torch.randn(batch, heads, seqlen_q, generator=generator, device=problem.device)
+
+    def results(function: Attention, like: Inputs) -> dict[str, Tensor]:
+        out, lse = function(like, problem._replace(dtype=like.q.dtype))
+        wanted = {
+            f"d{name}": tensor for name, tensor in like._asdict().items() if tensor is not None and tensor.requires_grad
+        }
+        finite = lse.masked_fill(lse == -math.inf, 0.0)
+        loss_gradients = [dout.to(out.dtype), dlse.to(lse.dtype)]
+        gradients = torch.autograd.grad([out, finite], list(wanted.values()), loss_gradients)
+        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+    exact_inputs = _copies(inputs, torch.float64)
+    if exact_inputs.bias is not None:  # the gradient of every score, to be summed over the broadcast axes below
+        full = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
+        bias = exact_inputs.bias.detach().expand(full).contiguous()
+        exact_inputs = exact_inputs._replace(bias=bias.requires_grad_(exact_inputs.bias.requires_grad))
+    ours = results(attention, inputs)
+    plain = results(same_dtype_attention, _copies(inputs, problem.dtype))
+    exact = results(reference.attention, exact_inputs)
+
+    rows = []
+    for name, true in exact.items():
+        scale = _largest(true)
+        if name == "dbias" and inputs.bias is not None:
+            scale = _largest(_root_sum_square(true, inputs.bias.shape))
+            true = true.sum_to_size(inputs.bias.shape)
+        coarser = max(torch.finfo(tensor.dtype).eps for tensor in (ours[name], inputs.q if name == "dbias" else dout))
+        epsilon = torch.finfo(torch.float32).eps if name == "lse" else coarser
+        baseline = _error(plain[name], true)
+        rows.append(Row(name, _error(ours[name], true), baseline, 2 * baseline + epsilon * scale))
+    return Check(rows)
+
+
+def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Attention as one writes it in PyTorch, every matrix in the dtype of q: the baseline for errors."""
+    q, k, v, bias = inputs[:4]
+    group = problem.heads_q // problem.heads_kv
+    k, v = (tensor.repeat_interleave(group, dim=2) for tensor in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q * problem.softmax_scale, k)
+    hidden = torch.zeros((), dtype=torch.bool, device=problem.device)
+    if bias is not None and bias.dtype == torch.bool:
+        hidden = ~bias
+    elif bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    offset = torch.arange(problem.seqlen_k, device=problem.device)
+    offset = offset - torch.arange(problem.seqlen_q, device=problem.device)[:, None]  # (sq, sk)
+    lower, upper = problem.mask.band(problem.seqlen_q, problem.seqlen_k)
+    if lower is not None:
+        hidden = hidden | (offset < lower)
+    if upper is not None:
+        hidden = hidden | (offset > upper)
+    empty = hidden.expand(scores.shape).all(dim=-1)  # (b, h, sq)
+    scores = scores.masked_fill(hidden & ~empty[..., None], -math.inf)
+    weights = scores.softmax(dim=-1).masked_fill(empty[..., None], 0.0)
+    lse = scores.float().logsumexp(dim=-1).masked_fill(empty, -math.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+
+def _copies(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The same numbers in another dtype, as new leaves; a bool mask stays what it is."""
+    return Inputs._make(
+        tensor
+        if tensor is None or tensor.dtype == torch.bool
+        else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+        for tensor in inputs
+    )
+
+
+def _error(result: Tensor, true: Tensor) -> float:
+    """The largest error; NaN where infinities differ."""
+    same = result.double() == true  # infinities among them
+    return _largest((result.double() - true).masked_fill(same, 0.0))
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.masked_fill(tensor == -math.inf, 0.0)
+    return finite.abs().max().item() if tensor.numel() else 0.0
+
+
+def _root_sum_square(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """How large a sum of roundings is: those of one row share an error and add up, those of different rows do not."""
+    rows = gradient.abs()
+    if shape[3] == 1:
+        rows = rows.sum(dim=3, keepdim=True)
+    return rows.square().sum_to_size(shape).sqrt()

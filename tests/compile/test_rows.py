@@ -1,0 +1,90 @@
+"""Does every row of the tile table compile, for every family of GPUs, within its shared memory and registers?"""
+
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from triton_attention.portable.configs import GPUS, Row, gpu_family, rows_for
+from triton_attention.testing.cases import CAUSAL, FULL, Case
+from triton_attention.testing.fake_device import TARGETS, compile_for, launches
+
+KERNELS = ("attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_bwd_dbias")
+
+# Bytes that a thread may keep in memory instead of registers. A clock has chosen some rows that spill a little; rows
+# that read element by element, or multiply without tensor cores, are there to be right.
+SPILLS_ALLOWED = {"descriptors": 512, "vectors": 512, "elements": 2048, "float32": 1024}
+
+
+class Compilation(NamedTuple):
+    """A row of the table, and where it stands."""
+
+    target: str
+    kernel: str
+    row: Row
+    access: str
+
+    def __str__(self):
+        tile = self.row.tile
+        size = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.num_stages}"
+        return f"{self.target}-{self.kernel}-{self.access}-d{self.row.head_dim}-{size}"
+
+
+def cases_for(row, access):
+    """Problems that may take this row, the most demanding first: with a causal mask, and a bias and its gradient."""
+    odd = access == "elements"
+    for mask, bias in product((CAUSAL, FULL), ("1hqk", None)):
+        yield Case(
+            2048,
+            2047 if odd else 2048,
+            row.head_dim - 1 if odd else row.head_dim,
+            mask=mask,
+            bias=bias,
+            dtype=torch.float32 if access == "float32" else torch.bfloat16,
+        )
+
+
+def launch_that_takes(row, access, kernel, target):
+    for case in cases_for(row, access):
+        for launch in launches(case, target):
+            if launch.kernel.__name__ == kernel and replace(launch.tile, TMA_BIAS=False) == row.tile:
+                return launch
+    pytest.fail("no problem takes this row: an earlier one hides it")
+
+
+def all_rows():
+    for target, gpu in TARGETS.items():
+        family = gpu_family(gpu.backend, gpu.arch)
+        for kernel in KERNELS:
+            for access in ("descriptors" if GPUS[family].descriptors else "vectors", "elements", "float32"):
+                for row in rows_for(kernel, family, access):
+                    if target in ("sm_89", "sm_120") and (row.head_dim != 128 or access != "vectors"):
+                        continue  # the same table as sm_86
+                    if target in ("sm_86", "sm_100") and access in ("elements", "float32"):
+                        continue  # the same tables, and instructions, as sm_80 and sm_90
+                    yield Compilation(target, kernel, row, access)
+
+
+@pytest.mark.parametrize("compilation", list(all_rows()), ids=str)
+def test_row_compiles(compilation):
+    _, kernel, row, access = compilation
+    target = TARGETS[compilation.target]
+    family = gpu_family(target.backend, target.arch)
+    resources = compile_for(launch_that_takes(row, access, kernel, target), target)
+    assert resources.shared_memory <= GPUS[family].shared_memory, resources
+    assert resources.tensor_memory <= GPUS[family].tensor_memory, resources
+    assert resources.spills <= SPILLS_ALLOWED[access], resources
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("head_dim", [1, 16, 40, 64, 111, 128, 192, 256])
+def test_every_problem_has_a_tile(name, head_dim):
+    for mask, bias, dtype in product((CAUSAL, FULL), (None, "1h1k", "1hqk"), (torch.float16, torch.float32)):
+        assert launches(Case(300, 300, head_dim, mask=mask, bias=bias, dtype=dtype), TARGETS[name])
+
+
+def test_a_gpu_that_is_not_known_gets_the_most_modest_rows():
+    assert gpu_family("cuda", 75) == gpu_family("cuda", 130) == "sm_86"
+    assert gpu_family("hip", "gfx1100") == "gfx942"

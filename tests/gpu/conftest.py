@@ -1,0 +1,80 @@
+"""What does the GPU suite start from, and what does it leave? Poisoned memory, and tests/gpu_report.json."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+import triton_attention
+
+HERE = Path(__file__).resolve().parent
+REPORT = HERE.parent / "gpu_report.json"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and PyTorch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Every torch.empty is full of NaN, so that an output that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Report:
+    """Counts outcomes, and writes them when the session ends."""
+
+    def __init__(self):
+        self.started = time.time()
+        self.outcomes = {"passed": 0, "failed": 0, "skipped": 0}
+        self.failures, self.skips = [], {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.outcome == "passed":
+            return
+        self.outcomes[report.outcome] += 1
+        if report.failed:
+            self.failures.append(report.nodeid)
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.skips[reason] = self.skips.get(reason, 0) + 1
+
+    def pytest_sessionfinish(self):
+        if not torch.cuda.is_available():
+            return
+        report = {
+            "commit": _commit(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "device": torch.cuda.get_device_name(),
+            "triton_attention": triton_attention.__version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "seconds": round(time.time() - self.started),
+            **self.outcomes,
+            "failures": self.failures,
+            "skip_reasons": self.skips,
+        }
+        REPORT.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Report())
+
+
+def _commit():
+    """The commit that was tried; "-dirty" where the sources differ from it."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown: not a git checkout"

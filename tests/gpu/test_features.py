@@ -1,0 +1,241 @@
+"""Does attention behave on a GPU as PyTorch's users expect: streams, graphs, compilation, sizes, errors?"""
+
+import random
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from triton_attention import attention, explain, kernel
+from triton_attention.compat import flash_attn
+from triton_attention.testing import Case, check_against_float64, make_inputs
+from triton_attention.testing.cases import CAUSAL
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+
+
+def through_api(inputs, problem):
+    assert problem.mask in ((None, None, False), (None, 0, False))
+    causal = problem.mask.right == 0
+    return attention(inputs.q, inputs.k, inputs.v, bias=inputs.bias, causal=causal, return_lse=True)
+
+
+def gradients(q, k, v, bias, **keywords):
+    out = attention(q, k, v, bias=bias, **keywords)
+    return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, bias))
+
+
+def test_auto_is_portable():
+    q = normal(1, 16, 2, 64)
+    assert explain(q, q, q).backend == "portable"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [None, "b11k", "1hqk"])
+def test_public_function(dtype, bias):
+    case = Case(300, 333, 64, heads_q=4, heads_kv=2, mask=CAUSAL, bias=bias, dtype=dtype)
+    check = check_against_float64(through_api, *make_inputs(case, "cuda"))
+    assert check.good, f"\n{check}"
+
+
+def test_float32_is_not_tf32():
+    case = Case(512, 512, 64, dtype=torch.float32)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        inputs, problem = make_inputs(case, "cuda")
+        out, _ = through_api(inputs, problem)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    exact = attention(*(x.double() for x in inputs[:3]), backend="reference")
+    assert (out - exact).abs().max() < 1e-5  # tf32 has an error of about 1e-3 here
+
+
+def test_stream_that_is_not_the_default():
+    q, k, v, bias = normal(2, 300, 4, 64), normal(2, 300, 4, 64), normal(2, 300, 4, 64), normal(1, 4, 300, 300)
+    expected = gradients(q, k, v, bias)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # some 50 ms: work launched elsewhere would run before it
+        late = [x.detach().clone().requires_grad_() for x in (q, k, v, bias)]
+        results = gradients(*late)
+    stream.synchronize()
+    assert all(torch.equal(one, two) for one, two in zip(expected, results, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_that_is_not_the_current_one():
+    q = torch.randn(1, 100, 2, 64, device="cuda:1", dtype=torch.bfloat16)
+    expected = attention(*(x.to("cuda:0") for x in (q, q, q)))
+    assert torch.equal(attention(q, q, q).cpu(), expected.cpu())
+
+
+def test_cuda_graph_of_forward_and_backward():
+    torch.use_deterministic_algorithms(False)
+    q, k, v, bias = normal(2, 200, 4, 64), normal(2, 200, 4, 64), normal(2, 200, 4, 64), normal(1, 4, 200, 200)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(q, k, v, bias, causal=True)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(q, k, v, bias, causal=True)
+    with torch.no_grad():
+        for tensor in (q, k, v, bias):
+            tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    replayed = [tensor.clone() for tensor in captured]
+    expected = gradients(q, k, v, bias, causal=True)
+    assert all(torch.equal(one, two) for one, two in zip(expected, replayed, strict=True))
+
+
+def test_make_graphed_callables():
+    torch.use_deterministic_algorithms(False)
+    q, k, v = (normal(2, 200, 4, 64) for _ in range(3))
+    graphed = torch.cuda.make_graphed_callables(lambda q, k, v: attention(q, k, v, causal=True), (q, k, v))
+    q, k, v = (normal(2, 200, 4, 64) for _ in range(3))
+    expected = torch.autograd.grad(attention(q, k, v, causal=True).sum(), (q, k, v))
+    results = torch.autograd.grad(graphed(q, k, v).sum(), (q, k, v))
+    assert all(torch.equal(one, two) for one, two in zip(expected, results, strict=True))
+
+
+def test_torch_compile_with_dynamic_length_compiles_once():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+
+    def loss(q, k, v, bias):
+        return attention(q * 2, k, v, bias=bias, causal=True).float().square().sum()
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    for seqlen in (128, 200, 333):
+        tensors = (
+            normal(2, seqlen, 4, 64),
+            normal(2, seqlen, 4, 64),
+            normal(2, seqlen, 4, 64),
+            normal(1, 4, seqlen, seqlen),
+        )
+        expected = torch.autograd.grad(loss(*tensors), tensors)
+        results = torch.autograd.grad(compiled(*tensors), tensors)
+        for one, two in zip(expected, results, strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+    assert counter.frame_count == 1
+
+
+def test_inference_mode_no_grad_and_autocast():
+    q = torch.randn(2, 100, 4, 64, device="cuda")
+    expected = attention(q.bfloat16(), q.bfloat16(), q.bfloat16())
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(attention(q, q, q), expected)
+    with torch.no_grad():
+        assert torch.equal(attention(q.bfloat16(), q.bfloat16(), q.bfloat16()), expected)
+
+
+def test_packed_views_are_not_copied():
+    qkv = torch.randn(4, 1024, 3, 8, 64, device="cuda", dtype=torch.bfloat16)
+    flash_attn.flash_attn_qkvpacked_func(qkv)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = flash_attn.flash_attn_qkvpacked_func(qkv)
+    results = out.numel() * 2 + 4 * 8 * 1024 * 4
+    assert torch.cuda.max_memory_allocated() - before <= results + 4096
+
+
+def test_no_matrix_of_scores_is_stored():
+    torch.use_deterministic_algorithms(False)
+    q, k, v = (normal(1, 4096, 4, 64) for _ in range(3))
+    bias = normal(1, 1, 4096, 4096)
+    gradients(q, k, v, bias)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(attention(q, k, v, bias=bias).sum(), (q, k, v, bias))
+    extra = torch.cuda.max_memory_allocated() - before
+    linear = 12 * q.numel() * 2  # out, its gradient, dq, dk, dv, and two numbers a row, generously
+    assert extra <= bias.numel() * 2 + linear
+
+
+def test_64_lengths_compile_two_variants_a_pass_at_most():
+    lengths = random.Random(0).sample(range(500, 4001), 64)
+    known = set(kernel._variants)
+    for seqlen in lengths:
+        q, k, v = (normal(1, seqlen, 3, 72) for _ in range(3))
+        torch.autograd.grad(attention(q, k, v, causal=True).sum(), (q, k, v))
+    new = [key for key in kernel._variants if key not in known]
+    per_kernel = {name: sum(key[0] == name for key in new) for name in {key[0] for key in new}}
+    assert max(per_kernel.values(), default=0) <= 2, per_kernel
+
+
+def test_more_batch_entries_and_heads_than_a_grid_axis_holds():
+    case = Case(5, 7, 16, batch=70_000, heads_q=1, mask=CAUSAL, dtype=torch.float16)
+    check = check_against_float64(through_api, *make_inputs(case, "cuda"))
+    assert check.good, f"\n{check}"
+
+
+def test_strides_beyond_32_bits():
+    """Rows 2^25 elements apart: 100 of them span 3.4e9 elements, beyond 2^31."""
+    seqlen, stride = 100, 2**25
+    storage = torch.empty((seqlen - 1) * stride + 64, device="cuda", dtype=torch.bfloat16)
+    wide = storage.as_strided((1, seqlen, 1, 64), (stride, stride, 64, 1))
+    wide.copy_(torch.randn(1, seqlen, 1, 64, device="cuda"))
+    dense = wide.contiguous()
+    for causal in (False, True):
+        assert torch.equal(attention(wide, wide, wide, causal=causal), attention(dense, dense, dense, causal=causal))
+    odd = storage[1:].as_strided((1, seqlen - 1, 1, 59), (stride, stride, 59, 1))  # by pointers
+    odd.copy_(dense[:, 1:, :, :59])
+    assert torch.equal(attention(odd, odd, odd), attention(*3 * [odd.contiguous()]))
+
+
+def test_bias_beyond_2_to_the_31_elements():
+    torch.use_deterministic_algorithms(False)  # do not fill 17 GB with NaN
+    heads, seqlen, rows = 16, 16384, 40
+    q, k, v = (normal(1, seqlen, heads, 64) for _ in range(3))
+    bias = torch.randn(1, heads, seqlen, seqlen, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    assert bias.numel() > 2**31
+    out = attention(q, k, v, bias=bias)
+    dout = torch.randn_like(out)
+    dq, dbias = torch.autograd.grad(out, (q, bias), dout)
+    for start in (0, 8000, seqlen - rows):  # the last rows of the last head lie beyond 2^31
+        part = slice(start, start + rows)
+        q_part = q[:, part, -1:].double().detach().requires_grad_()
+        bias_part = bias[:, -1:, part].double().detach().requires_grad_()
+        keys = (x[:, :, -1:].double().detach() for x in (k, v))
+        exact = attention(q_part, *keys, bias=bias_part, backend="reference")
+        dq_exact, dbias_exact = torch.autograd.grad(exact, (q_part, bias_part), dout[:, part, -1:].double())
+        assert (out[:, part, -1:] - exact).abs().max() < 2e-2 * exact.abs().max()
+        assert (dq[:, part, -1:] - dq_exact).abs().max() < 2e-2 * dq_exact.abs().max()
+        assert (dbias[:, -1:, part] - dbias_exact).abs().max() < 2e-2 * dbias_exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        ({"softcap": 3.0}, "softcap"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"alibi_slopes": torch.ones(2)}, "alibi_slopes"),
+        ({"sink": torch.ones(2)}, "sink"),
+    ],
+    ids=str,
+)
+def test_what_no_backend_runs_is_refused_with_reasons(keywords, reason):
+    q = torch.randn(1, 8, 2, 16, device="cuda", dtype=torch.bfloat16)
+    keywords = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
+    with pytest.raises(NotImplementedError, match=reason):
+        attention(q, q, q, **keywords)
+    attention(q, q, q, **keywords, backend="reference")
+
+
+def test_double_on_a_gpu_is_refused_unless_the_reference_is_asked():
+    q = torch.randn(1, 8, 2, 16, device="cuda", dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="float64"):
+        attention(q, q, q)
+    attention(q, q, q, backend="reference")
