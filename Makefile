@@ -38,8 +38,8 @@ lint: $(ENVIRONMENT)  ## formatting, style and types
 	@$(PYTHON) -m ruff check --quiet .
 	@$(PYTHON) -m mypy
 
-test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
-	@$(PYTHON) -m pytest tests/gpu -q
+test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU; they write tests/gpu_report.json
+	@$(PYTHON) -m pytest tests/gpu -q $(if $(COMMIT),--commit $(COMMIT))
 
 test-triton: $(ENVIRONMENT)  ## compile every kernel with another Triton: make test-triton VERSION=3.6.0
 	@test -n "$(VERSION)" || { echo "Name a version of Triton: make test-triton VERSION=3.6.0"; exit 2; }

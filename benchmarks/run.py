@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     if not cases:
         print(f"no case of {','.join(groups)} matches {options.match.pattern!r}")
         return 2
-    machine = Machine.of(device, options.seconds_per_case, sorted({case.dtype for case in cases}))
+    dtypes = sorted({case.dtype for case in cases})
+    machine = Machine.of(device, options.seconds_per_case, dtypes, options.commit)
     print(machine.describe())
     output = options.output or RESULTS / _default_name(machine)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ class Machine(NamedTuple):
     copy_gb_per_s: float
 
     @classmethod
-    def of(cls, device: torch.device, seconds: float, dtypes: Sequence[str]) -> Machine:
+    def of(cls, device: torch.device, seconds: float, dtypes: Sequence[str], commit: str | None = None) -> Machine:
         on_gpu = device.type == "cuda"
         try:
             triton = importlib.metadata.version("triton")
@@ -85,7 +86,7 @@ class Machine(NamedTuple):
             torch_version=torch.__version__,
             triton_version=triton,
             cuda_version=(torch.version.cuda or torch.version.hip or "none") if on_gpu else "none",
-            commit=_commit(),
+            commit=commit or _commit(),
             ceilings={dtype: matmul_ceiling_tflops(getattr(torch, dtype), device, seconds) for dtype in dtypes},
             copy_gb_per_s=copy_gb_per_s(device, seconds),
         )
@@ -241,5 +242,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--passes", type=names(PASSES), default=list(PASSES), help=f"comma list of {', '.join(PASSES)}")
     add("--seconds-per-case", type=float, default=0.3, help="time for each measurement (default: %(default)s)")
     add("--output", type=Path, help="CSV to write, replacing what is there (default: a new one in benchmarks/results/)")
+    add("--commit", help="what the rows say was measured (default: what git says of this folder)")
     add("--device", default=default_device, help="cpu, cuda or cuda:N (default: %(default)s)")
     return parser.parse_args(arguments)
