@@ -1,0 +1,140 @@
+"""Does torch.compile trace every face of the Triton kernels as one graph, once for all lengths, with equal results?"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from triton_attention import attention
+from triton_attention.compat import flash_attn, flash_attn_triton
+from triton_attention.compat.sdpa import scaled_dot_product_attention
+from triton_attention.portable import launch
+
+# numpy's, in rows beyond the last query
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")
+
+LENGTHS = [(5, 8), (7, 9), (10, 13)]  # (seqlen_q, seqlen_k)
+
+
+@pytest.fixture(autouse=True)
+def _compile_afresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Face(NamedTuple):
+    """A function that returns a tensor or a tuple of them, and the shapes of its arguments for two lengths."""
+
+    function: Callable
+    shapes: Callable[[int, int], tuple[tuple[int, ...], ...]]
+
+
+def bshd(seqlen_q, seqlen_k, heads_q=1):
+    """q, k and v."""
+    return (1, seqlen_q, heads_q, 16), (1, seqlen_k, 1, 16), (1, seqlen_k, 1, 16)
+
+
+def grouped_bshd(seqlen_q, seqlen_k):
+    return bshd(seqlen_q, seqlen_k, heads_q=2)
+
+
+def grouped_bhsd(seqlen_q, seqlen_k):
+    return (1, 2, seqlen_q, 16), (1, 1, seqlen_k, 16), (1, 1, seqlen_k, 16)
+
+
+def with_bias(*bias_axes):
+    """q, k, v and a bias whose shape has "q" and "k" for the lengths."""
+    return lambda q, k: (*grouped_bshd(q, k), tuple({"q": q, "k": k}.get(axis, axis) for axis in bias_axes))
+
+
+def masked(q, k, v, mask):
+    return attention(q, k, v, bias=mask > -1.0)
+
+
+def under_autocast(q, k, v):
+    with torch.autocast("cpu", dtype=torch.float16):
+        return attention(q, k, v)
+
+
+def biased_sdpa(q, k, v, bias):
+    return scaled_dot_product_attention(q, k, v, bias, scale=0.3, enable_gqa=True)
+
+
+FACES = {
+    "attention": Face(attention, grouped_bshd),
+    "lse": Face(partial(attention, causal=True, return_lse=True), grouped_bshd),
+    "bias": Face(lambda q, k, v, bias: attention(q, k, v, bias=bias, causal=True), with_bias(1, 2, "q", "k")),
+    "bias of keys": Face(lambda q, k, v, bias: attention(q, k, v, bias=bias), with_bias("k")),
+    "mask": Face(masked, with_bias(1, 1, 1, "k")),
+    "autocast": Face(under_autocast, bshd),
+    "flash_attn": Face(partial(flash_attn.flash_attn_func, causal=True), bshd),
+    "flash_attn, probs": Face(
+        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, 0.0, None, False, (4, 0), return_attn_probs=True)[:2], bshd
+    ),
+    "flash_attn, kv": Face(flash_attn.flash_attn_kvpacked_func, lambda q, k: ((1, q, 1, 16), (1, k, 2, 1, 16))),
+    "flash_attn, qkv": Face(flash_attn.flash_attn_qkvpacked_func, lambda q, k: ((1, q, 3, 1, 16),)),
+    "flash_attn_triton": Face(
+        lambda q, k, v, bias: flash_attn_triton.flash_attn_func(q, k, v, bias, True), with_bias(1, 1, "q", "k")
+    ),
+    "flash_attn_triton, kv": Face(
+        flash_attn_triton.flash_attn_kvpacked_func, lambda q, k: ((1, q, 1, 16), (1, k, 2, 1, 16))
+    ),
+    "flash_attn_triton, qkv": Face(flash_attn_triton.flash_attn_qkvpacked_func, lambda q, k: ((1, q, 3, 1, 16),)),
+    "sdpa": Face(partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True), grouped_bhsd),
+    "sdpa, bias": Face(biased_sdpa, lambda q, k: (*grouped_bhsd(q, k), (q, k))),
+}
+
+
+def make_leaves(face, seqlen_q, seqlen_k):
+    return [torch.randn(shape, requires_grad=True) for shape in face.shapes(seqlen_q, seqlen_k)]
+
+
+def results(function, leaves) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What it returns, and the gradients through all of it."""
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = sum(output.float().square().sum() for output in outputs)
+    return outputs, torch.autograd.grad(total, leaves, materialize_grads=True)
+
+
+def assert_equals_eager(compiled, face, lengths):
+    leaves = make_leaves(face, *lengths)
+    torch.testing.assert_close(results(compiled, leaves), results(face.function, leaves))
+
+
+@pytest.mark.parametrize("face", FACES.values(), ids=FACES)
+def test_one_graph_for_all_lengths(monkeypatch, face):
+    run_forward = Mock(wraps=launch.forward)
+    monkeypatch.setattr(launch, "forward", run_forward)
+    compiled = torch.compile(face.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in LENGTHS:
+            assert_equals_eager(compiled, face, lengths)
+    assert run_forward.call_count == 2 * len(LENGTHS)  # compiled and eager, and no other backend
+
+
+def test_two_graphs_where_nothing_is_said_of_lengths():
+    """By default the first lengths are constants, and the second make them symbols, for all others."""
+    face = FACES["bias"]
+    compiled = torch.compile(face.function, fullgraph=True, backend="aot_eager")
+    for lengths in LENGTHS[:2]:
+        assert_equals_eager(compiled, face, lengths)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_equals_eager(compiled, face, LENGTHS[2])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    face = FACES["lse"]
+    compiled = torch.compile(face.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in LENGTHS:
+            leaves = make_leaves(face, *lengths)
+            outputs = compiled(*leaves)
+            torch.testing.assert_close(outputs, face.function(*leaves))
+            assert not any(output.requires_grad for output in outputs)
