@@ -39,7 +39,8 @@ lint: $(ENVIRONMENT)  ## formatting, style and types
 	@$(PYTHON) -m mypy
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU; they write tests/gpu_report.json
-	@$(PYTHON) -m pytest tests/gpu -q $(if $(COMMIT),--commit $(COMMIT))
+	@$(PYTHON) tests/gpu/precompile.py
+	@$(PYTHON) -m pytest tests/gpu -q -n 8 $(if $(COMMIT),--commit $(COMMIT))
 
 test-triton: $(ENVIRONMENT)  ## compile every kernel with another Triton: make test-triton VERSION=3.6.0
 	@test -n "$(VERSION)" || { echo "Name a version of Triton: make test-triton VERSION=3.6.0"; exit 2; }

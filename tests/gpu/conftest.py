@@ -1,6 +1,7 @@
 """What does the GPU suite start from, and what does it leave? Poisoned memory, and tests/gpu_report.json."""
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 import triton
 
 import triton_attention
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode warns at every product without it
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parent / "gpu_report.json"
@@ -75,7 +78,8 @@ class Report:
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Report(config.getoption("--commit") or _commit()))
+    if not hasattr(config, "workerinput"):  # with several processes, the one that collects what they report
+        config.pluginmanager.register(Report(config.getoption("--commit") or _commit()))
 
 
 def _commit():

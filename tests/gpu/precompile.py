@@ -1,33 +1,39 @@
-"""How do thousands of kernels compile in reasonable time? In parallel and ahead, into Triton's own cache on disk."""
+"""How do a thousand kernels compile in reasonable time? In parallel and ahead, into Triton's own cache on disk."""
 
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
 from multiprocessing import get_context
 
+from matrix import ALL
 from triton.runtime.driver import driver
 
 from triton_attention.kernel import compile_launch
 from triton_attention.testing.fake_device import launches
 
 
-def precompile(cases):
-    """Compile what the cases launch on the current GPU, each variant once."""
+def main():
+    started = time.time()
     target = driver.active.get_current_target()
-    variants = {}
+    groups = [list(cases) for _, cases in groupby(ALL, key=lambda case: (case.head_dim, case.mask, case.dtype))]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        variants = sum(pool.map(compile_all, groups, [target] * len(groups)))
+    print(f"compiled {variants} variants in {time.time() - started:.0f} s")
+
+
+def compile_all(cases, target):
+    """Compile what the cases launch on the target, each variant once."""
+    seen = set()
     for case in cases:
         for launch in launches(case, target):
             types = tuple(argument.type for argument in launch.arguments)
-            key = (launch.kernel.__name__, types, launch.spec, launch.tile)
-            variants.setdefault(key, (case, launch.kernel.__name__))
-    work = [(case, name, target) for case, name in variants.values()]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(_compile, work, chunksize=8):
-            pass
-    return len(work)
+            variant = (launch.kernel.__name__, types, launch.spec, launch.tile)
+            if variant not in seen:
+                seen.add(variant)
+                compile_launch(launch, target)
+    return len(seen)
 
 
-def _compile(work):
-    case, name, target = work
-    for launch in launches(case, target):
-        if launch.kernel.__name__ == name:
-            compile_launch(launch, target)
+if __name__ == "__main__":
+    main()
