@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -12,15 +11,13 @@ from triton_attention.problem import Problem
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@lru_cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
+_TRITON_IS_INSTALLED = find_spec("triton") is not None  # not asked in a call: Dynamo does not trace find_spec
 
 
 def why_not(problem: Problem) -> list[str]:
     """Every reason for which the portable backend does not run this problem; none means that it does."""
     reasons = []
-    if not _triton_is_installed():
+    if not _TRITON_IS_INSTALLED:
         reasons.append("triton is not installed")
     if problem.device.type != "cuda":
         reasons.append(f"runs on CUDA and ROCm GPUs, and the tensors are on {problem.device.type}")
