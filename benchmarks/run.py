@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     device = torch.device(options.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     groups = options.group or (["smoke"] if device.type == "cpu" else [group for group in GROUPS if group != "smoke"])
     cases = [case for group in groups for case in GROUPS[group] if options.match.search(f"{case.group} {case.name}")]

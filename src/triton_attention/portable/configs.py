@@ -171,10 +171,10 @@ def rows_for(kernel: str, family: str, access: str) -> list[Row]:
     `access` says how tiles of q, k, v and dout can be read: "descriptors", "vectors" of 16 bytes, or "elements";
     it is "float32" for tensors of that dtype, however they are read.
     """
-    if family == "interpreter":
-        return [Row(256, replace(_INTERPRETER_TILE, TMA=access == "descriptors"))]
     if kernel == "attention_bwd_rows":
         return [Row(256, _ROWS_TILE)]
+    if family == "interpreter":
+        return [Row(256, replace(_INTERPRETER_TILE, TMA=access == "descriptors"))]
     tables = {"descriptors": _DESCRIPTOR_ROWS, "elements": _ELEMENT_ROWS, "float32": _FLOAT32_ROWS}
     table = _VECTOR_ROWS[family] if access == "vectors" else tables[access]
     return [row for row in table[kernel] if row.family in (None, family)]
