@@ -52,7 +52,7 @@ def run(launch: Launch) -> None:
         kernel[(programs,)](*values, spec, tile)
         return
     types = tuple(argument.type for argument in arguments)
-    key = (kernel.__name__, types, spec, tile, driver.active.get_current_device())
+    key = (id(kernel), types, spec, tile, driver.active.get_current_device())
     compiled = _variants.get(key)
     if compiled is None:
         compiled = _variants[key] = compile_launch(launch, driver.active.get_current_target())

@@ -173,8 +173,10 @@ class _Planner:
         self.access = _access([x for x in (self.q, self.k, self.v, dout) if x is not None], settings.family)
         lower, upper = settings.mask.band(seqlen_q, seqlen_k)
         self.banded = (lower is not None, upper is not None)
+        # j - i lies between -seqlen_q and seqlen_k: a wider band says no more, and might not fit 32 bits.
+        lower, upper = (min(max(bound or 0, -seqlen_q), seqlen_k) for bound in (lower, upper))
         scale = settings.softmax_scale
-        numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, lower or 0, upper or 0, scale, scale * _LOG2_E)
+        numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, lower, upper, scale, scale * _LOG2_E)
         self.call = Argument(numbers, _CALL_TYPES)
 
     def variant(self, kernel: str, dbias: str = "none") -> tuple[Spec, Tile]:

@@ -73,6 +73,7 @@ CASES: tuple[Case, ...] = (
         Case(50, 61, 16, mask=mask)
         for mask in (Mask(5, 3), Mask(20, 0), Mask(None, 9), Mask(7, None), Mask(0, 0), Mask(40, 2, True), Mask(3, 99))
     ),
+    Case(50, 61, 16, mask=Mask(10**12, 10**12)),
     # head dimensions
     *(Case(33, 47, d, mask=CAUSAL) for d in (1, 2, 7, 8, 24, 40, 59, 72, 96, 111, 128, 160, 256)),
     Case(33, 47, 64, 24),
