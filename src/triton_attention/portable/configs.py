@@ -134,7 +134,7 @@ _VECTOR_ROWS = {
         "attention_bwd_dbias": _tiles((128, Tile(64, 64, 4, 2)), (256, Tile(32, 32, 4, 2))),
     },
     "sm_86": {
-        "attention_fwd": _tiles((64, Tile(64, 64, 4, 3)), (128, Tile(64, 64, 4, 3)), (256, Tile(64, 32, 4, 2))),
+        "attention_fwd": _tiles((64, Tile(64, 64, 4, 3)), (128, Tile(128, 32, 8, 3)), (256, Tile(64, 32, 4, 2))),
         "attention_bwd_dkdv": _tiles((64, Tile(32, 64, 4, 3)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 32, 8, 1))),
         "attention_bwd_dq": _tiles((64, Tile(64, 32, 4, 3)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 32, 4, 1))),
         "attention_bwd_dbias": _tiles((128, Tile(64, 64, 4, 2)), (256, Tile(32, 32, 4, 2))),
