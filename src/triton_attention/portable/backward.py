@@ -13,14 +13,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_attention import blocks
-from triton_attention.kernel import jit_plain
 from triton_attention.portable.bias import load_bias, store_dbias
 from triton_attention.portable.softmax import INFINITY, LOG2_E, score_tile
-from triton_attention.portable.tiles import load_rows, load_tile, store_rows, store_tile
-
-visible_range = jit_plain(blocks.visible_range)
-tile_order = jit_plain(blocks.tile_order)
+from triton_attention.portable.tiles import (
+    key_range,
+    load_rows,
+    load_tile,
+    query_range,
+    store_rows,
+    store_tile,
+    tile_order,
+)
 
 ROW_PADDING = tl.constexpr(128)  # a multiple of every BLOCK_M
 
@@ -158,10 +161,7 @@ def attention_bwd_dkdv(q, k, v, bias, dout, lse, delta, dk, dv, dbias, call, SPE
     num_blocks = tl.cdiv(call.seqlen_k, TILE.BLOCK_N)
     block, head_kv, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q // call.group, False)
     start_n = block * TILE.BLOCK_N
-    begin, full_begin, full_end, end = visible_range(
-        start_n, call.seqlen_k, call.seqlen_q, -call.upper, -call.lower, SPEC.HAS_UPPER, SPEC.HAS_LOWER,
-        TILE.BLOCK_N, TILE.BLOCK_M,
-    )  # fmt: skip
+    begin, full_begin, full_end, end = query_range(start_n, call, SPEC, TILE)
     keys = load_keys(saved, batch, head_kv, start_n, call, SPEC, TILE, False)
     dk_tile = tl.full([TILE.BLOCK_N, SPEC.BLOCK_D], 0.0, tl.float32)
     dv_tile = tl.full([TILE.BLOCK_N, SPEC.BLOCK_DV], 0.0, tl.float32)
@@ -217,10 +217,7 @@ def attention_bwd_dq(q, k, v, bias, dout, lse, delta, dq, dbias, call, SPEC: tl.
     num_blocks = tl.cdiv(call.seqlen_q, TILE.BLOCK_M)
     block, head, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, SPEC.HAS_UPPER)
     start_m = block * TILE.BLOCK_M
-    begin, full_begin, full_end, end = visible_range(
-        start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER,
-        TILE.BLOCK_M, TILE.BLOCK_N,
-    )  # fmt: skip
+    begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
     queries = load_queries(saved, batch, head, start_m, call, SPEC, TILE, False)
     grads = QueryGradients(
         tl.full([TILE.BLOCK_M, SPEC.BLOCK_D], 0.0, tl.float32), tl.full([TILE.BLOCK_M], 0.0, tl.float32)
@@ -272,10 +269,7 @@ def attention_bwd_dbias(q, k, v, bias, dout, lse, delta, dbias, sharing, call, S
     block, head, batch = tile_order(tl.program_id(0), num_blocks, sharing.heads, False)
     start_m = block // blocks_n * TILE.BLOCK_M
     start_n = block % blocks_n * TILE.BLOCK_N
-    begin, full_begin, full_end, end = visible_range(
-        start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER,
-        TILE.BLOCK_M, TILE.BLOCK_N,
-    )  # fmt: skip
+    begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
     sharers = sharing.shared_batches * sharing.shared_heads
     seen = tl.where((start_n < end) & (start_n + TILE.BLOCK_N > begin), sharers, 0)
     full_rows = start_m + TILE.BLOCK_M <= call.seqlen_q

@@ -5,14 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_attention import blocks
-from triton_attention.kernel import jit_plain
 from triton_attention.portable.bias import load_bias
 from triton_attention.portable.softmax import score_tile, softmax_begin, softmax_end, softmax_update
-from triton_attention.portable.tiles import load_tile, store_rows, store_tile
-
-visible_range = jit_plain(blocks.visible_range)
-tile_order = jit_plain(blocks.tile_order)
+from triton_attention.portable.tiles import key_range, load_tile, store_rows, store_tile, tile_order
 
 
 @triton.jit
@@ -46,10 +41,7 @@ def attention_fwd(q, k, v, bias, out, lse, call, SPEC: tl.constexpr, TILE: tl.co
     num_blocks = tl.cdiv(call.seqlen_q, TILE.BLOCK_M)
     block, head, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, SPEC.HAS_UPPER)
     start_m = block * TILE.BLOCK_M
-    begin, full_begin, full_end, end = visible_range(
-        start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER,
-        TILE.BLOCK_M, TILE.BLOCK_N,
-    )  # fmt: skip
+    begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
     q_tile = load_tile(
         q, batch, head, start_m, call.seqlen_q, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, False
     )

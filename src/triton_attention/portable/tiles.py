@@ -1,4 +1,4 @@
-"""How does a kernel read and write a tile of a tensor in global memory?
+"""Which blocks does a program visit, and how does it read and write tiles of tensors in global memory?
 
 Offsets that depend on the batch, the head (whose strides are 64-bit) and the block are 64-bit scalars. Within a tile
 they have the width of the stride along the sequence, which the host makes 64-bit only where a tile could pass 2^31
@@ -11,6 +11,12 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from triton_attention import blocks
+from triton_attention.kernel import jit_plain
+
+visible_range = jit_plain(blocks.visible_range)
+tile_order = jit_plain(blocks.tile_order)
 
 
 class Strided(NamedTuple):
@@ -33,6 +39,24 @@ class Call(NamedTuple):
     upper: object
     softmax_scale: object
     scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
+
+
+@triton.jit
+def key_range(start_m, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """(begin, full_begin, full_end, end): the keys that a block of queries visits, see `blocks.visible_range`."""
+    return visible_range(
+        start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER,
+        TILE.BLOCK_M, TILE.BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def query_range(start_n, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """(begin, full_begin, full_end, end): the queries that visit a block of keys."""
+    return visible_range(
+        start_n, call.seqlen_k, call.seqlen_q, -call.upper, -call.lower, SPEC.HAS_UPPER, SPEC.HAS_LOWER,
+        TILE.BLOCK_N, TILE.BLOCK_M,
+    )  # fmt: skip
 
 
 @triton.jit
