@@ -7,6 +7,7 @@ with the measurement that chose them. Nothing is tuned at run time, and no lengt
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 
@@ -182,6 +183,7 @@ def rows_for(kernel: str, family: str, access: str) -> list[Row]:
     return [row for row in table[kernel] if row.family in (None, family)]
 
 
+@cache
 def tile_for(kernel: str, family: str, access: str, spec: Spec) -> Tile:
     """The tile of the first row that matches."""
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)

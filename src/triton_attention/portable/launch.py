@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -94,7 +93,7 @@ def plan_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings:
     planner = _Planner(q, k, v, bias, None, settings)
     launch = planner.launch(
         fwd.attention_fwd,
-        lambda tile: triton.cdiv(seqlen_q, tile.BLOCK_M) * heads * batch,
+        lambda tile: _ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
         (_strided(out), _flat(lse)),
     )
     return ForwardPlan(out, lse, launch)
@@ -113,17 +112,17 @@ def plan_backward(
     if needs_dbias and bias is not None:
         kind, dbias = planner.new_dbias(bias)
 
-    padded = triton.cdiv(seqlen_q, bwd.ROW_PADDING.value) * bwd.ROW_PADDING.value
+    padded = _ceil_div(seqlen_q, bwd.ROW_PADDING.value) * bwd.ROW_PADDING.value
     lse_log2, delta = q.new_empty(2, batch, heads, padded, dtype=torch.float32)
     rows = (_flat(lse_log2), _flat(delta))
     spec, tile = planner.variant("attention_bwd_rows")
     dlse_argument = _ABSENT if dlse is None else _flat(dlse.contiguous())
     arguments = (_strided(out), _strided(dout), _flat(lse), dlse_argument, *rows, planner.call)
     launches = [
-        Launch(bwd.attention_bwd_rows, triton.cdiv(padded, tile.BLOCK_M) * heads * batch, arguments, spec, tile),
+        Launch(bwd.attention_bwd_rows, _ceil_div(padded, tile.BLOCK_M) * heads * batch, arguments, spec, tile),
         planner.launch(
             bwd.attention_bwd_dkdv,
-            lambda tile: triton.cdiv(seqlen_k, tile.BLOCK_N) * heads_kv * batch,
+            lambda tile: _ceil_div(seqlen_k, tile.BLOCK_N) * heads_kv * batch,
             (*rows, _strided(dk), _strided(dv), _flat(dbias) if dbias is not None and kind == "cols" else _ABSENT),
             "cols" if kind == "cols" else "none",
         ),
@@ -134,7 +133,7 @@ def plan_backward(
     launches.append(
         planner.launch(
             bwd.attention_bwd_dq,
-            lambda tile: triton.cdiv(seqlen_q, tile.BLOCK_M) * heads * batch,
+            lambda tile: _ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
             (*rows, _strided(dq), along_queries),
             kind if kind in ("tile", "rows") else "none",
         )
@@ -145,7 +144,7 @@ def plan_backward(
         launches.append(
             planner.launch(
                 bwd.attention_bwd_dbias,
-                lambda tile: triton.cdiv(seqlen_q, tile.BLOCK_M) * triton.cdiv(seqlen_k, tile.BLOCK_N) * matrices,
+                lambda tile: _ceil_div(seqlen_q, tile.BLOCK_M) * _ceil_div(seqlen_k, tile.BLOCK_N) * matrices,
                 (*rows, _bias(dbias), Argument(sharing, bwd.Sharing("i32", "i32", "i32"))),
             )
         )
@@ -184,8 +183,8 @@ class _Planner:
         spec = Spec(
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
+            BLOCK_D=_padded(head_dim),
+            BLOCK_DV=_padded(head_dim_v),
             HAS_LOWER=self.banded[0],
             HAS_UPPER=self.banded[1],
             BIAS="none" if self.bias is None else "mask" if self.bias_is_mask else "added",
@@ -243,6 +242,15 @@ class _Planner:
 
 
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _padded(head_dim: int) -> int:
+    """The power of two that holds a head dimension; matrix products want 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _with_unit_last_stride(tensor: Tensor) -> Tensor:
