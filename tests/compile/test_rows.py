@@ -13,9 +13,10 @@ from triton_attention.testing.fake_device import TARGETS, compile_for, launches
 
 KERNELS = ("attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_bwd_dbias")
 
-# Bytes that a thread may keep in memory instead of registers. A clock has chosen some rows that spill a little; rows
-# that read element by element, or multiply without tensor cores, are there to be right.
-SPILLS_ALLOWED = {"descriptors": 512, "vectors": 512, "elements": 2048, "float32": 1024}
+# Bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9. A clock has chosen some
+# rows that spill: dK/dV at d 256 by descriptors spills 176 bytes with the Triton 3.6 that was measured, and 576 with
+# 3.9. Rows that read element by element, or multiply without tensor cores, are there to be right.
+SPILLS_ALLOWED = {"descriptors": 640, "vectors": 512, "elements": 2048, "float32": 1024}
 
 
 class Compilation(NamedTuple):
