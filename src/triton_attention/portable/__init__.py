@@ -1,0 +1,1 @@
+"""Attention in plain Triton, for every GPU that Triton compiles for."""
