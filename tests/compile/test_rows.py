@@ -13,10 +13,11 @@ from triton_attention.testing.fake_device import TARGETS, compile_for, launches
 
 KERNELS = ("attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq", "attention_bwd_dbias")
 
-# Bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9. A clock has chosen some
-# rows that spill: dK/dV at d 256 by descriptors spills 176 bytes with the Triton 3.6 that was measured, and 576 with
-# 3.9. Rows that read element by element, or multiply without tensor cores, are there to be right.
-SPILLS_ALLOWED = {"descriptors": 640, "vectors": 512, "elements": 2048, "float32": 1024}
+# Bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9. Rows that read element
+# by element, or multiply without tensor cores, are there to be right.
+SPILLS_ALLOWED = {"descriptors": 512, "vectors": 512, "elements": 2048, "float32": 1024}
+# A clock chose this row with Triton 3.6, where it spills 176 bytes; with 3.9 it spills 576.
+SPILLS_OF_ROW = {"sm_90-attention_bwd_dkdv-descriptors-d256-64x64x2": 576}
 
 
 class Compilation(NamedTuple):
@@ -61,10 +62,6 @@ def all_rows():
         for kernel in KERNELS:
             for access in ("descriptors" if GPUS[family].descriptors else "vectors", "elements", "float32"):
                 for row in rows_for(kernel, family, access):
-                    if target in ("sm_89", "sm_120") and (row.head_dim != 128 or access != "vectors"):
-                        continue  # the same table as sm_86
-                    if target in ("sm_86", "sm_100") and access in ("elements", "float32"):
-                        continue  # the same tables, and instructions, as sm_80 and sm_90
                     yield Compilation(target, kernel, row, access)
 
 
@@ -76,7 +73,7 @@ def test_row_compiles(compilation):
     resources = compile_for(launch_that_takes(row, access, kernel, target), target)
     assert resources.shared_memory <= GPUS[family].shared_memory, resources
     assert resources.tensor_memory <= GPUS[family].tensor_memory, resources
-    assert resources.spills <= SPILLS_ALLOWED[access], resources
+    assert resources.spills <= SPILLS_OF_ROW.get(str(compilation), SPILLS_ALLOWED[access]), resources
 
 
 @pytest.mark.parametrize("name", TARGETS)

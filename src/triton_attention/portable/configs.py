@@ -84,7 +84,8 @@ def _tiles(*rows: tuple[int, Tile]) -> list[Row]:
 
 # float16 and bfloat16 with descriptors. sm_90: H100 80GB HBM3, Triton 3.6.0, bf16; each comment has the TFLOP/s of the
 # matrix products that the kernel really does, at s 4096 (batch * seqlen 16k, heads * d 2048; full / causal), and for a
-# matrix bias at s 2048, b 4, h 16. sm_100 has its own rows where these do not fit its memories; no clock has seen it.
+# matrix bias at s 2048, b 4, h 16; a row without a comment was not timed. sm_100 has rows of its own where these do not
+# fit its memories; no clock has seen it.
 _DESCRIPTOR_ROWS = {
     "attention_fwd": [
         Row(32, Tile(64, 64, 4, 3, TMA=True)),  # d 32, pair bias n 384: 152; 128 x 64: 141
