@@ -14,16 +14,11 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-
-class Argument(NamedTuple):
-    """A kernel argument and its type: the name Triton has for it, with ":n" where a pointer is aligned to n bytes or
-    a number is a multiple of n; None for an argument that is absent. Tuples have tuples of types."""
-
-    value: Any
-    type: Any
+from triton_attention.arguments import Argument
 
 
 class Launch(NamedTuple):
@@ -51,12 +46,17 @@ def run(launch: Launch) -> None:
     if isinstance(kernel, InterpretedFunction):
         kernel[(programs,)](*values, spec, tile)
         return
-    types = tuple(argument.type for argument in arguments)
-    key = (id(kernel), types, spec, tile, driver.active.get_current_device())
+    variant(launch)[(programs, 1, 1)](*values, spec, tile)
+
+
+def variant(launch: Launch) -> CompiledKernel:
+    """The compiled kernel that `launch` needs on the current device."""
+    types = tuple(argument.type for argument in launch.arguments)
+    key = (id(launch.kernel), types, launch.spec, launch.tile, driver.active.get_current_device())
     compiled = _variants.get(key)
     if compiled is None:
         compiled = _variants[key] = compile_launch(launch, driver.active.get_current_target())
-    compiled[(programs, 1, 1)](*values, spec, tile)
+    return compiled
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
@@ -71,8 +71,9 @@ def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
         elif ":" in name:
             hints[path] = [["tt.divisibility", int(name.split(":")[1])]]
     signature = dict(zip(kernel.arg_names, (*_without_hints(types), "constexpr", "constexpr"), strict=True))
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=options)
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    options = {name: getattr(tile, name) for name in ("num_warps", "num_stages", "maxnreg") if hasattr(tile, name)}
+    return triton.compile(source(kernel, signature, constants, hints), target=target, options=options)
 
 
 def _leaves(types: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str | None]]:

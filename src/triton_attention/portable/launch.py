@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,7 +17,19 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_attention.kernel import Argument, Launch, run
+from triton_attention.arguments import (
+    ABSENT,
+    DTYPES,
+    Argument,
+    ceil_div,
+    descriptor_strides,
+    device_of,
+    flat,
+    has_aligned_rows,
+    pointer_type,
+    with_unit_last_stride,
+)
+from triton_attention.kernel import Launch, run
 from triton_attention.portable import backward as bwd
 from triton_attention.portable import forward as fwd
 from triton_attention.portable.bias import BiasTensor
@@ -26,9 +37,7 @@ from triton_attention.portable.configs import GPUS, Spec, Tile, gpu_family, tile
 from triton_attention.portable.tiles import Call, Strided
 from triton_attention.problem import Mask
 
-_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
 _LOG2_E = math.log2(math.e)
-_ABSENT = Argument(None, None)
 _LARGEST_BLOCK = 256  # rows of a tile: offsets within it fit 32 bits while the stride of a row times this does
 
 
@@ -44,7 +53,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated call that is not empty; see `triton_attention.attention`."""
-    with _device(q):
+    with device_of(q):
         plan = plan_forward(q, k, v, bias, Settings(mask, softmax_scale, _family(q.device)))
         run(plan.launch)
     return plan.out, plan.lse
@@ -55,7 +64,7 @@ def backward(
     mask: Mask, softmax_scale: float, needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dbias), each in the shape and dtype of its tensor; dbias is None unless it is needed."""
-    with _device(q):
+    with device_of(q):
         settings = Settings(mask, softmax_scale, _family(q.device))
         plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, settings, needs_dbias)
         for launch in plan.launches:
@@ -93,8 +102,8 @@ def plan_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings:
     planner = _Planner(q, k, v, bias, None, settings)
     launch = planner.launch(
         fwd.attention_fwd,
-        lambda tile: _ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
-        (_strided(out), _flat(lse)),
+        lambda tile: ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
+        (_strided(out), flat(lse)),
     )
     return ForwardPlan(out, lse, launch)
 
@@ -105,35 +114,35 @@ def plan_backward(
 ) -> BackwardPlan:  # fmt: skip
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k, heads_kv = k.shape[1], k.shape[2]
-    dout = _with_unit_last_stride(dout)
+    dout = with_unit_last_stride(dout)
     planner = _Planner(q, k, v, bias, dout, settings)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     kind, dbias = "none", None
     if needs_dbias and bias is not None:
         kind, dbias = planner.new_dbias(bias)
 
-    padded = _ceil_div(seqlen_q, bwd.ROW_PADDING.value) * bwd.ROW_PADDING.value
+    padded = ceil_div(seqlen_q, bwd.ROW_PADDING.value) * bwd.ROW_PADDING.value
     lse_log2, delta = q.new_empty(2, batch, heads, padded, dtype=torch.float32)
-    rows = (_flat(lse_log2), _flat(delta))
+    rows = (flat(lse_log2), flat(delta))
     spec, tile = planner.variant("attention_bwd_rows")
-    dlse_argument = _ABSENT if dlse is None else _flat(dlse.contiguous())
-    arguments = (_strided(out), _strided(dout), _flat(lse), dlse_argument, *rows, planner.call)
+    dlse_argument = ABSENT if dlse is None else flat(dlse.contiguous())
+    arguments = (_strided(out), _strided(dout), flat(lse), dlse_argument, *rows, planner.call)
     launches = [
-        Launch(bwd.attention_bwd_rows, _ceil_div(padded, tile.BLOCK_M) * heads * batch, arguments, spec, tile),
+        Launch(bwd.attention_bwd_rows, ceil_div(padded, tile.BLOCK_M) * heads * batch, arguments, spec, tile),
         planner.launch(
             bwd.attention_bwd_dkdv,
-            lambda tile: _ceil_div(seqlen_k, tile.BLOCK_N) * heads_kv * batch,
-            (*rows, _strided(dk), _strided(dv), _flat(dbias) if dbias is not None and kind == "cols" else _ABSENT),
+            lambda tile: ceil_div(seqlen_k, tile.BLOCK_N) * heads_kv * batch,
+            (*rows, _strided(dk), _strided(dv), flat(dbias) if dbias is not None and kind == "cols" else ABSENT),
             "cols" if kind == "cols" else "none",
         ),
     ]
-    along_queries = _ABSENT
+    along_queries = ABSENT
     if dbias is not None and kind in ("tile", "rows"):
-        along_queries = _bias(dbias) if kind == "tile" else _flat(dbias)
+        along_queries = _bias(dbias) if kind == "tile" else flat(dbias)
     launches.append(
         planner.launch(
             bwd.attention_bwd_dq,
-            lambda tile: _ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
+            lambda tile: ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
             (*rows, _strided(dq), along_queries),
             kind if kind in ("tile", "rows") else "none",
         )
@@ -144,7 +153,7 @@ def plan_backward(
         launches.append(
             planner.launch(
                 bwd.attention_bwd_dbias,
-                lambda tile: _ceil_div(seqlen_q, tile.BLOCK_M) * _ceil_div(seqlen_k, tile.BLOCK_N) * matrices,
+                lambda tile: ceil_div(seqlen_q, tile.BLOCK_M) * ceil_div(seqlen_k, tile.BLOCK_N) * matrices,
                 (*rows, _bias(dbias), Argument(sharing, bwd.Sharing("i32", "i32", "i32"))),
             )
         )
@@ -159,14 +168,14 @@ class _Planner:
     ) -> None:
         batch, seqlen_q, heads, _ = q.shape
         seqlen_k, heads_kv = k.shape[1], k.shape[2]
-        self.q, self.k, self.v = (_with_unit_last_stride(tensor) for tensor in (q, k, v))
+        self.q, self.k, self.v = (with_unit_last_stride(tensor) for tensor in (q, k, v))
         self.dout = dout
         self.settings = settings
         self.bias, self.varies = None, (False, False)
         if bias is not None:
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
             self.varies = (bias.shape[2] > 1, bias.shape[3] > 1)
-            bias = _with_unit_last_stride(bias) if self.varies[1] else bias
+            bias = with_unit_last_stride(bias) if self.varies[1] else bias
             self.bias = bias.expand(batch, heads, seqlen_q, seqlen_k)  # stride 0 along an axis that is broadcast
         self.bias_is_mask = bias is not None and bias.dtype == torch.uint8
         self.access = _access([x for x in (self.q, self.k, self.v, dout) if x is not None], settings.family)
@@ -194,7 +203,7 @@ class _Planner:
             RAW_SCORES=self.bias is None and self.settings.softmax_scale > 0.0,
         )
         tile = tile_for(kernel, self.settings.family, self.access, spec)
-        if tile.TMA and self.bias is not None and all(self.varies) and _is_aligned(self.bias):
+        if tile.TMA and self.bias is not None and all(self.varies) and has_aligned_rows(self.bias):
             tile = replace(tile, TMA_BIAS=True)
         return spec, tile
 
@@ -216,7 +225,7 @@ class _Planner:
         else:
             arguments = [_strided(self.q), _strided(self.k), _strided(self.v)]
         if self.bias is None:
-            arguments.append(_ABSENT)
+            arguments.append(ABSENT)
         elif tile.TMA_BIAS:
             arguments.append(_descriptor(self.bias, tile.BLOCK_M, tile.BLOCK_N))
         else:
@@ -244,21 +253,9 @@ class _Planner:
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _padded(head_dim: int) -> int:
     """The power of two that holds a head dimension; matrix products want 16 at least."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def _with_unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _pointer_type(tensor: Tensor) -> str:
-    return f"*{_DTYPES[tensor.dtype]}{':16' if tensor.data_ptr() % 16 == 0 else ''}"
 
 
 def _stride_types(tensor: Tensor, row: int) -> tuple[str, str, str]:
@@ -268,22 +265,17 @@ def _stride_types(tensor: Tensor, row: int) -> tuple[str, str, str]:
     return f"i64{hint}", f"i64{hint}", f"{'i64' if row * _LARGEST_BLOCK >= 2**31 else 'i32'}{hint}"
 
 
-def _flat(tensor: Tensor) -> Argument:
-    """A contiguous tensor."""
-    return Argument(tensor, _pointer_type(tensor))
-
-
 def _strided(tensor: Tensor) -> Argument:
     """A (batch, seqlen, heads, dim) tensor."""
     batch, row, head, _ = tensor.stride()
-    types = Strided(_pointer_type(tensor), *_stride_types(tensor, row))
+    types = Strided(pointer_type(tensor), *_stride_types(tensor, row))
     return Argument(Strided(tensor, batch, head, row), types)
 
 
 def _bias(tensor: Tensor) -> Argument:
     """A (batch, heads, seqlen_q, seqlen_k) tensor."""
     batch, head, row, _ = tensor.stride()
-    types = BiasTensor(_pointer_type(tensor), *_stride_types(tensor, row))
+    types = BiasTensor(pointer_type(tensor), *_stride_types(tensor, row))
     return Argument(BiasTensor(tensor, batch, head, row), types)
 
 
@@ -291,30 +283,16 @@ def _access(tensors: list[Tensor], family: str) -> str:
     """How tiles of these tensors can be read: see `configs.rows_for`."""
     if tensors[0].dtype == torch.float32:
         return "float32"
-    if not all(_is_aligned(tensor) for tensor in tensors):
+    if not all(has_aligned_rows(tensor) for tensor in tensors):
         return "elements"
     return "descriptors" if GPUS[family].descriptors else "vectors"
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes, as wide loads and tensor descriptors want it."""
-    size = tensor.element_size()
-    return (
-        tensor.data_ptr() % 16 == 0
-        and tensor.stride(3) == 1
-        and all(stride * size % 16 == 0 and stride * size < 2**40 for stride in tensor.stride()[:3])
-    )
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
     """Tiles (rows, columns) of the matrices of a (batch, heads, rows, columns) tensor."""
     block = [1, 1, rows, columns]
-    descriptor: Any = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
-    return Argument(descriptor, f"tensordesc<{_DTYPES[tensor.dtype]}{block}>")
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    descriptor: Any = TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block)
+    return Argument(descriptor, f"tensordesc<{DTYPES[tensor.dtype]}{block}>")
 
 
 @lru_cache
