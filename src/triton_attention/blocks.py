@@ -7,12 +7,19 @@ diagonal: key j is visible to query i iff `lower <= j - i <= upper`, where eithe
 
 
 def allowed(rows, cols, seqlen_k, lower, upper, HAS_LOWER, HAS_UPPER):
-    """Whether each key in `cols` exists and is visible to each query in `rows`; the shapes broadcast."""
-    visible = cols < seqlen_k
-    if HAS_LOWER:
-        visible = visible & (cols - rows >= lower)
+    """Whether each key in `cols` exists and is visible to each query in `rows`; the shapes broadcast.
+
+    What is compared with a key is made for each query first: few numbers, while there are many pairs. Keys and queries
+    may be counted from another origin, if `seqlen_k` is too.
+    """
     if HAS_UPPER:
-        visible = visible & (cols - rows <= upper)
+        end = rows + (upper + 1)
+        end = seqlen_k + (end - seqlen_k) * (end < seqlen_k)  # the smaller one; `min` would not take a whole block
+        visible = cols < end
+    else:
+        visible = cols < seqlen_k
+    if HAS_LOWER:
+        visible = visible & (cols >= rows + lower)
     return visible
 
 
