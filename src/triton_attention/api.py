@@ -59,7 +59,8 @@ def attention(
             forward and backward share it.
         deterministic: allow only backends whose gradients are the same bit for bit in every run.
         return_lse: return (out, lse).
-        backend: "auto", or the name of the one that must run this; see `explain`.
+        backend: "auto", or the name of the one that must run this; see `explain`. "hopper" is a forward pass: the
+            backward pass of its results is that of "portable".
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim_v) in the dtype of q (under autocast, in its dtype), and with

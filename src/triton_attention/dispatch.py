@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from triton_attention import reference
+from triton_attention.hopper import support as hopper_support
 from triton_attention.portable import support as portable_support
 from triton_attention.problem import Inputs, Problem
 
@@ -20,10 +22,10 @@ class Backend(NamedTuple):
     run: Callable[[Inputs, Problem], tuple[Tensor, Tensor]]  # (out, lse)
 
 
-def _run_portable(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
+def _run_operator(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     from triton_attention import ops  # here, because it is what loads Triton
 
-    return ops.attention(inputs, problem, "portable")
+    return ops.attention(inputs, problem, backend)
 
 
 def _reference_why_not(problem: Problem) -> list[str]:
@@ -34,7 +36,8 @@ def _reference_why_not(problem: Problem) -> list[str]:
 
 
 BACKENDS: tuple[Backend, ...] = (  # in order of preference
-    Backend("portable", portable_support.why_not, _run_portable),
+    Backend("hopper", hopper_support.why_not, partial(_run_operator, backend="hopper")),
+    Backend("portable", portable_support.why_not, partial(_run_operator, backend="portable")),
     Backend("reference", _reference_why_not, reference.attention),
 )
 

@@ -43,6 +43,9 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
     return result
 
 
+_BACKWARD_OF = {"portable": "portable", "hopper": "portable"}  # which backend differentiates a backend's forward
+
+
 def _launcher(backend: str) -> ModuleType:
     return import_module(f"triton_attention.{backend}.launch")
 
@@ -69,7 +72,7 @@ def _backward(
     needs_dbias: bool, softmax_scale: float, left: int | None, right: int | None, top_left: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mask = Mask(left, right, top_left)
-    dq, dk, dv, dbias = _launcher(backend).backward(
+    dq, dk, dv, dbias = _launcher(_BACKWARD_OF[backend]).backward(
         dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias
     )
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias

@@ -103,6 +103,9 @@ class Problem(NamedTuple):
     dropout_p: float
     deterministic: bool
     needs_grad: bool
+    # Every row of q, k, v, and of a bias that varies along queries and keys, starts at a multiple of 16 bytes, as
+    # tensor descriptors want it. Always True under torch.compile, where the question would be a guard on strides.
+    aligned: bool
 
     @classmethod
     def from_tensors(
@@ -158,11 +161,31 @@ class Problem(NamedTuple):
             dropout_p=_number("dropout_p", dropout_p, low=0.0, below=1.0),
             deterministic=deterministic,
             needs_grad=any(_needs_grad(tensor) for tensor in inputs),
+            aligned=torch.compiler.is_compiling() or _are_aligned(q, k, v, bias),
         )
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _are_aligned(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    if bias is not None and bias.shape[2] > 1 and bias.shape[3] > 1 and not _has_aligned_rows(bias):
+        return False
+    return _has_aligned_rows(q) and _has_aligned_rows(k) and _has_aligned_rows(v)
+
+
+def _has_aligned_rows(tensor: Tensor) -> bool:
+    """Written out, since every eager call asks. The stride of an axis of size 1 leads nowhere."""
+    multiple = 16 // tensor.element_size()
+    shape, strides = tensor.shape, tensor.stride()
+    return (
+        tensor.storage_offset() % multiple == 0
+        and (strides[0] % multiple == 0 or shape[0] == 1)
+        and (strides[1] % multiple == 0 or shape[1] == 1)
+        and (strides[2] % multiple == 0 or shape[2] == 1)
+        and (strides[3] == 1 or shape[3] == 1)
+    )
 
 
 def check_flag(name: str, value: object) -> None:

@@ -1,10 +1,12 @@
-"""Which problems does the GPU suite try? The classic matrix of head dimensions, lengths, masks, biases and dtypes."""
+"""Which problems does the GPU suite try, and on which backends? The classic matrix of head dims, lengths and biases."""
 
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
-from triton_attention.testing import CASES, Case
+from triton_attention import dispatch
+from triton_attention.testing import CASES, Case, make_inputs
 from triton_attention.testing.cases import CAUSAL, FULL
 
 HEAD_DIMS = (40, 48, 59, 64, 80, 88, 96, 111, 128, 160, 192, 224, 256)
@@ -20,3 +22,24 @@ MATRIX = [
     for head_dim, mask, bias, dtype, (seqlen_q, seqlen_k) in product(HEAD_DIMS, (FULL, CAUSAL), BIASES, DTYPES, LENGTHS)
 ]
 ALL = [*MATRIX, *CASES]
+BACKENDS = {backend.name: backend for backend in dispatch.BACKENDS if backend.name != "reference"}
+
+
+class Run(NamedTuple):
+    """A case on a backend, and why the backend does not run it on the GPU of this machine."""
+
+    backend: str
+    case: Case
+    why_not: list[str]
+
+    def __str__(self):
+        return f"{self.backend}-{self.case}"
+
+
+def all_runs():
+    """Every case on every backend, those that are refused among them; without a GPU that is each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "meta")
+    for case in ALL:
+        _, problem = make_inputs(case, "meta")
+        for name, backend in BACKENDS.items():
+            yield Run(name, case, backend.why_not(problem._replace(device=device)))

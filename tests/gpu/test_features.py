@@ -1,13 +1,14 @@
 """Does attention behave on a GPU as PyTorch's users expect: streams, graphs, compilation, sizes, errors?"""
 
 import random
+from functools import partial
 
 import pytest
 import torch
+from hardware import IS_HOPPER, needs_hopper
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from triton_attention import attention, explain, kernel
-from triton_attention.compat import flash_attn
 from triton_attention.testing import Case, check_against_float64, make_inputs
 from triton_attention.testing.cases import CAUSAL
 
@@ -21,10 +22,10 @@ def normal(*shape, dtype=torch.bfloat16):
     return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
 
 
-def through_api(inputs, problem):
+def through_api(inputs, problem, backend="auto"):
     assert problem.mask in ((None, None, False), (None, 0, False))
     causal = problem.mask.right == 0
-    return attention(inputs.q, inputs.k, inputs.v, bias=inputs.bias, causal=causal, return_lse=True)
+    return attention(*inputs[:3], bias=inputs.bias, causal=causal, return_lse=True, backend=backend)
 
 
 def gradients(q, k, v, bias, **keywords):
@@ -32,9 +33,21 @@ def gradients(q, k, v, bias, **keywords):
     return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, bias))
 
 
-def test_auto_is_portable():
+FASTEST = "hopper" if IS_HOPPER else "portable"  # what "auto" takes for 16-bit tensors
+each_backend = pytest.mark.parametrize("backend", [pytest.param("hopper", marks=needs_hopper), "portable"])
+
+
+def test_auto_takes_the_fastest():
     q = normal(1, 16, 2, 64)
-    assert explain(q, q, q).backend == "portable"
+    assert explain(q, q, q).backend == FASTEST
+    odd = normal(1, 16, 2, 59)
+    assert explain(odd, odd, odd).backend == explain(*3 * [q.float()]).backend == "portable"
+
+
+def test_the_gpu_is_named_to_hopper():
+    q = normal(1, 16, 2, 64)
+    reasons = explain(q, q, q).reasons["hopper"]
+    assert reasons == [] if IS_HOPPER else "runs on NVIDIA GPUs of compute capability 9.0" in reasons[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -137,13 +150,14 @@ def test_inference_mode_no_grad_and_autocast():
         assert torch.equal(attention(q.bfloat16(), q.bfloat16(), q.bfloat16()), expected)
 
 
-def test_packed_views_are_not_copied():
+@each_backend
+def test_packed_views_are_not_copied(backend):
     qkv = torch.randn(4, 1024, 3, 8, 64, device="cuda", dtype=torch.bfloat16)
-    flash_attn.flash_attn_qkvpacked_func(qkv)
+    attention(*qkv.unbind(2), backend=backend)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = flash_attn.flash_attn_qkvpacked_func(qkv)
+    out = attention(*qkv.unbind(2), backend=backend)
     results = out.numel() * 2 + 4 * 8 * 1024 * 4
     assert torch.cuda.max_memory_allocated() - before <= results + 4096
 
@@ -162,35 +176,58 @@ def test_no_matrix_of_scores_is_stored():
     assert extra <= bias.numel() * 2 + linear
 
 
-def test_64_lengths_compile_two_variants_a_pass_at_most():
+@each_backend
+def test_64_lengths_compile_two_variants_a_pass_at_most(backend):
     lengths = random.Random(0).sample(range(500, 4001), 64)
     known = set(kernel._variants)
     for seqlen in lengths:
         q, k, v = (normal(1, seqlen, 3, 72) for _ in range(3))
-        torch.autograd.grad(attention(q, k, v, causal=True).sum(), (q, k, v))
+        torch.autograd.grad(attention(q, k, v, causal=True, backend=backend).sum(), (q, k, v))
     new = [key for key in kernel._variants if key not in known]
     per_kernel = {name: sum(key[0] == name for key in new) for name in {key[0] for key in new}}
     assert max(per_kernel.values(), default=0) <= 2, per_kernel
 
 
-def test_more_batch_entries_and_heads_than_a_grid_axis_holds():
+@each_backend
+def test_more_batch_entries_and_heads_than_a_grid_axis_holds(backend):
     case = Case(5, 7, 16, batch=70_000, heads_q=1, mask=CAUSAL, dtype=torch.float16)
-    check = check_against_float64(through_api, *make_inputs(case, "cuda"))
+    check = check_against_float64(partial(through_api, backend=backend), *make_inputs(case, "cuda"))
     assert check.good, f"\n{check}"
 
 
-def test_strides_beyond_32_bits():
+def far_apart(head_dim, offset=0):
     """Rows 2^25 elements apart: 100 of them span 3.4e9 elements, beyond 2^31."""
     seqlen, stride = 100, 2**25
-    storage = torch.empty((seqlen - 1) * stride + 64, device="cuda", dtype=torch.bfloat16)
-    wide = storage.as_strided((1, seqlen, 1, 64), (stride, stride, 64, 1))
-    wide.copy_(torch.randn(1, seqlen, 1, 64, device="cuda"))
+    storage = torch.empty((seqlen - 1) * stride + offset + head_dim, device="cuda", dtype=torch.bfloat16)
+    rows = storage.as_strided((1, seqlen, 1, head_dim), (stride, stride, head_dim, 1), offset)
+    return rows.copy_(torch.randn(rows.shape, device="cuda"))
+
+
+@each_backend
+def test_strides_beyond_32_bits(backend):
+    wide = far_apart(64)
     dense = wide.contiguous()
     for causal in (False, True):
-        assert torch.equal(attention(wide, wide, wide, causal=causal), attention(dense, dense, dense, causal=causal))
-    odd = storage[1:].as_strided((1, seqlen - 1, 1, 59), (stride, stride, 59, 1))  # by pointers
-    odd.copy_(dense[:, 1:, :, :59])
-    assert torch.equal(attention(odd, odd, odd), attention(*3 * [odd.contiguous()]))
+        out = attention(wide, wide, wide, causal=causal, backend=backend)
+        assert torch.equal(out, attention(dense, dense, dense, causal=causal, backend=backend))
+
+
+def test_strides_beyond_32_bits_between_rows_that_are_not_aligned():
+    wide = far_apart(59, offset=1)  # read by pointers
+    assert torch.equal(attention(wide, wide, wide), attention(*3 * [wide.contiguous()]))
+
+
+@needs_hopper
+@pytest.mark.parametrize(("offset", "odd"), [(1, 0), (0, 1)])
+def test_compiled_hopper_copies_rows_that_are_not_aligned(offset, odd):
+    """A compiled graph asks no strides, so that it may bring hopper tensors that it would refuse."""
+    torch._dynamo.reset()
+    storage = torch.randn(50_000, device="cuda").bfloat16()
+    view = storage.as_strided((2, 100, 3, 64), (20_000 + odd, 192, 64, 1), offset)
+    assert explain(view, view, view).backend == "portable"
+    compiled = torch.compile(lambda q: attention(q, q, q, backend="hopper"), fullgraph=True, backend="aot_eager")
+    dense = view.contiguous()
+    assert torch.equal(compiled(view), attention(dense, dense, dense, backend="hopper"))
 
 
 def test_bias_beyond_2_to_the_31_elements():

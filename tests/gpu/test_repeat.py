@@ -2,30 +2,61 @@
 
 import pytest
 import torch
+from hardware import needs_hopper
 
 from triton_attention import attention
 
 REPEATS = 10_000
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [40, 64, 88, 128])
-def test_repeats_are_bitwise_equal(head_dim, causal):
+@pytest.fixture(autouse=True)
+def _undisturbed():
     torch.use_deterministic_algorithms(False)  # filling memory with NaN would order the launches
+
+
+def make_inputs(head_dim, batch, heads, seqlen_q, seqlen_k):
+    """q, k, v and a bias that the batch shares."""
     torch.manual_seed(head_dim)
-    batch, heads, seqlen_q, seqlen_k = 2, 4, 257, 264
-    q = torch.randn(batch, seqlen_q, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    k, v = (torch.randn(batch, seqlen_k, heads, head_dim, device="cuda").bfloat16().requires_grad_() for _ in range(2))
-    bias = torch.randn(1, heads, seqlen_q, seqlen_k, device="cuda").bfloat16().requires_grad_()
-    dout = torch.randn_like(q)
+    shapes = [(batch, seqlen, heads, head_dim) for seqlen in (seqlen_q, seqlen_k, seqlen_k)]
+    shapes.append((1, heads, seqlen_q, seqlen_k))
+    return [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
 
-    def run():
-        out = attention(q, k, v, bias=bias, causal=causal)
-        return out.detach(), *torch.autograd.grad(out, (q, k, v, bias), dout)
 
+def count_differences(run, repeats):
+    """How often each result of a repeat differs from that of the first run."""
     first = run()
     assert all(tensor.isfinite().all() for tensor in first)
     different = torch.zeros(len(first), dtype=torch.int64, device="cuda")
-    for _ in range(REPEATS // 2):  # there are two masks
+    for _ in range(repeats):
         different += torch.stack([(one != two).any() for one, two in zip(first, run(), strict=True)])
-    assert different.tolist() == [0] * len(first), "repeats that differ in (out, dq, dk, dv, dbias)"
+    return different.tolist()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [40, 64, 88, 128])
+def test_repeats_are_bitwise_equal(head_dim, causal):
+    leaves = make_inputs(head_dim, batch=2, heads=4, seqlen_q=257, seqlen_k=264)
+    dout = torch.randn_like(leaves[0])
+
+    def run():
+        q, k, v, bias = leaves
+        out = attention(q, k, v, bias=bias, causal=causal, backend="portable")
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    differences = count_differences(run, REPEATS // 2)  # there are two masks
+    assert differences == [0] * 5, "repeats that differ in (out, dq, dk, dv, dbias)"
+
+
+@needs_hopper
+@pytest.mark.parametrize("kind", ["causal", "bias"])
+@pytest.mark.parametrize("head_dim", [40, 64, 88, 96, 128, 256])
+def test_repeats_of_the_hopper_forward_are_bitwise_equal(head_dim, kind):
+    """More tiles of queries than programs run at once, so that a program computes several, in an order that varies."""
+    q, k, v, bias = make_inputs(head_dim, batch=4, heads=16, seqlen_q=513, seqlen_k=520)
+
+    def run():
+        with torch.no_grad():
+            keywords = {"causal": True} if kind == "causal" else {"bias": bias}
+            return attention(q, k, v, **keywords, return_lse=True, backend="hopper")
+
+    assert count_differences(run, REPEATS) == [0, 0], "repeats that differ in (out, lse)"

@@ -138,6 +138,20 @@ def test_packed_inputs_are_not_copied(monkeypatch, dtype):
         assert pointers == views
 
 
+def test_the_backward_of_hopper_is_that_of_portable(monkeypatch):
+    passes = []
+
+    def launcher(backend):
+        passes.append(backend)
+        return launch
+
+    monkeypatch.setattr(ops, "_launcher", launcher)
+    inputs, problem = make_inputs(Case(SEQLEN_Q, SEQLEN_K, HEAD_DIM, dtype=torch.float32))
+    check = check_against_float64(lambda *call: ops.attention(*call, "hopper"), inputs, problem)
+    assert check.good, f"\n{check}"
+    assert passes == ["hopper", "portable"]
+
+
 def test_backward_twice_through_a_retained_graph():
     leaves = make_leaves()
     out, lse = portable(*leaves[:3], bias=leaves[3])

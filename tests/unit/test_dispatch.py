@@ -10,7 +10,7 @@ from triton_attention.problem import Inputs, Mask, Problem
 
 
 def make_problem(device="cpu", **fields):
-    q, k, v = torch.zeros(2, 3, 4, 8), torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 6)
+    q, k, v = torch.zeros(2, 3, 4, 8), torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8)
     numbers = {"softmax_scale": None, "softcap": 0.0, "dropout_p": 0.0, "deterministic": False}
     problem = Problem.from_tensors(Inputs(q, k, v), mask=Mask(), **numbers)
     return problem._replace(device=torch.device(device), **fields)
@@ -25,7 +25,7 @@ def use(monkeypatch, *backends):
 
 
 def test_order():
-    assert [backend.name for backend in BACKENDS] == ["portable", "reference"]
+    assert [backend.name for backend in BACKENDS] == ["hopper", "portable", "reference"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -51,7 +51,7 @@ def test_a_name_never_falls_back(monkeypatch):
     with pytest.raises(NotImplementedError) as caught:
         select(make_problem(), "fast")
     assert str(caught.value) == (
-        "no backend runs this call (backend='fast': batch 2, heads 4 / 2, seqlen 3 x 5, head dim 8 / 6, "
+        "no backend runs this call (backend='fast': batch 2, heads 4 / 2, seqlen 3 x 5, head dim 8 / 8, "
         "torch.float32 on cpu, forward):\n  fast: needs a GPU\n  fast: has no sink"
     )
 
@@ -65,17 +65,18 @@ def test_all_reasons_of_all_backends(monkeypatch):
 
 @pytest.mark.parametrize("function", [select, explain])
 def test_unknown_name(function):
-    with pytest.raises(ValueError, match=r"^backend must be 'auto', 'portable', 'reference', got 'cuda'$"):
+    with pytest.raises(ValueError, match=r"^backend must be 'auto', 'hopper', 'portable', 'reference', got 'cuda'$"):
         function(make_problem(), "cuda")
 
 
-def test_portable_by_name_gives_its_reasons_on_the_cpu():
-    q = torch.zeros(1, 2, 1, 8)
-    reasons = BACKENDS[0].why_not(make_problem())
+@pytest.mark.parametrize("backend", BACKENDS[:-1], ids=lambda backend: backend.name)
+def test_a_triton_backend_by_name_gives_its_reasons_on_the_cpu(backend):
+    q = torch.zeros(2, 3, 4, 8)
+    reasons = backend.why_not(make_problem())
     assert reasons
     with pytest.raises(NotImplementedError) as caught:
-        triton_attention.attention(q, q, q, backend="portable")
-    assert all(f"portable: {reason}" in str(caught.value) for reason in reasons)
+        triton_attention.attention(q, q, q, backend=backend.name)
+    assert all(f"{backend.name}: {reason}" in str(caught.value) for reason in reasons)
 
 
 def test_explanation(monkeypatch):
@@ -84,7 +85,7 @@ def test_explanation(monkeypatch):
     assert explanation.backend == "slow"
     assert explanation.reasons == {"fast": ["needs a GPU", "has no sink"], "slow": [], "slower": []}
     assert str(explanation).splitlines() == [
-        "batch 2, heads 4 / 2, seqlen 3 x 5, head dim 8 / 6, torch.float32 on cpu, window (2, 0) from the top left, "
+        "batch 2, heads 4 / 2, seqlen 3 x 5, head dim 8 / 8, torch.float32 on cpu, window (2, 0) from the top left, "
         "softcap 1.5, forward and backward",
         "    backend  runs  reasons",
         "    fast     no    needs a GPU",

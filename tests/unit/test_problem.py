@@ -133,7 +133,7 @@ BAD_CALLS = [
         "alibi_slopes must not require grad (it is not differentiable), got requires_grad=True",
     ),
     # Backends.
-    ({"backend": "cudnn"}, ValueError, "backend must be 'auto', 'portable', 'reference', got 'cudnn'"),
+    ({"backend": "cudnn"}, ValueError, "backend must be 'auto', 'hopper', 'portable', 'reference', got 'cudnn'"),
 ]
 
 
@@ -189,6 +189,7 @@ def test_describes_the_call():
         dropout_p=0.5,
         deterministic=True,
         needs_grad=True,
+        aligned=False,  # 6 numbers in a row of v
     )
     assert [type(number) for number in (problem.softmax_scale, problem.softcap)] == [float, float]
     assert hash(problem) == hash(problem_of(inputs, Mask(right=0), 2, 3, 0.5, True))
@@ -236,3 +237,92 @@ def test_mask_band():
     assert Mask(1, 0).band(3, 5) == (1, 2)
     assert Mask(1, 0).band(5, 3) == (-3, -2)
     assert Mask(1, 0, top_left=True).band(3, 5) == (-1, 0)
+
+
+def halves(*shape, strides=None, offset=0):
+    """A float16 tensor on no device, dense or with the given strides."""
+    if strides is None:
+        return torch.empty(shape, dtype=torch.float16, device="meta")
+    return torch.empty(0, dtype=torch.float16, device="meta").as_strided(shape, strides, offset)
+
+
+def packed(head_dim):
+    """q, k and v as views of one tensor."""
+    return halves(2, 5, 3, 4, head_dim).unbind(2)
+
+
+def dense(head_dim=16):
+    return halves(2, 5, 4, head_dim), halves(2, 5, 2, head_dim), halves(2, 5, 2, head_dim)
+
+
+ALIGNED = {
+    "dense": (dense(), True),
+    "head dim 40": (dense(40), True),
+    "head dim 42": (dense(42), False),
+    "packed": (packed(40), True),
+    "packed, head dim 4": (packed(4), False),
+    "heads before queries": ([tensor.transpose(1, 2) for tensor in (halves(2, 4, 5, 8),) * 3], True),
+    "expanded over the batch": ([tensor[:1].expand(2, -1, -1, -1) for tensor in dense()], True),
+    "every second number": ([halves(2, 5, 4, 32)[..., ::2]] * 3, False),
+    "expanded along the head dim": ([halves(2, 5, 4, 1).expand(-1, -1, -1, 16)] * 3, False),
+    "q starts at the second number": ((halves(2, 5, 4, 16, strides=(320, 64, 16, 1), offset=1), *dense()[1:]), False),
+    "k starts at the ninth number": (
+        (dense()[0], halves(2, 5, 2, 16, strides=(320, 64, 16, 1), offset=8), dense()[2]),
+        True,
+    ),
+    "odd stride of the batch in v": ((*dense()[:2], halves(2, 5, 2, 16, strides=(321, 64, 16, 1))), False),
+    "odd stride of the queries": ((halves(2, 5, 4, 16, strides=(320, 65, 16, 1)), *dense()[1:]), False),
+    "odd stride of the heads in k": ((dense()[0], halves(2, 5, 2, 16, strides=(320, 64, 17, 1)), dense()[2]), False),
+    "odd strides of axes of size 1": ([halves(1, 1, 1, 16, strides=(7, 9, 11, 1))] * 3, True),
+    "odd stride of one number": ([halves(2, 5, 2, 1, strides=(80, 16, 8, 3))] * 3, True),
+}
+
+
+@pytest.mark.parametrize(("qkv", "aligned"), ALIGNED.values(), ids=ALIGNED)
+def test_rows_are_aligned(qkv, aligned):
+    assert problem_of(Inputs(*qkv)).aligned is aligned
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiple"), [(torch.float16, 8), (torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)]
+)
+def test_rows_are_aligned_to_16_bytes(dtype, multiple):
+    for head_dim in range(1, 33):
+        q = torch.empty(2, 5, 4, head_dim, dtype=dtype, device="meta")
+        assert problem_of(Inputs(q, q, q)).aligned == (head_dim % multiple == 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "aligned"),
+    [
+        ((1, 1, 35, 40), True),
+        ((2, 4, 35, 40), True),
+        ((1, 1, 40, 35), False),
+        ((2, 1, 1, 35), True),  # one row of a matrix: it is read once, and cheap to copy
+        ((1, 4, 40, 1), True),
+    ],
+)
+def test_rows_of_a_bias_are_aligned(shape, aligned):
+    _, _, seqlen_q, seqlen_k = shape
+    seqlen_q, seqlen_k = max(seqlen_q, 35), max(seqlen_k, 35)
+    q, k = halves(2, seqlen_q, 4, 16), halves(2, seqlen_k, 4, 16)
+    assert problem_of(Inputs(q, k, k, halves(*shape))).aligned is aligned
+
+
+@pytest.mark.parametrize(("dtype", "aligned"), [(torch.bool, False), (torch.float32, True), (torch.float16, True)])
+def test_rows_of_a_bias_are_aligned_in_its_own_dtype(dtype, aligned):
+    q = halves(2, 40, 4, 16)
+    assert problem_of(Inputs(q, q, q, tensor(1, 1, 40, 40, dtype=dtype, device="meta"))).aligned is aligned
+
+
+def test_alignment_is_no_question_of_a_compiled_graph():
+    """Strides are symbols there: to ask would make guards on them, and compile again."""
+
+    def function(x):
+        return x + problem_of(Inputs(x, x, x)).aligned
+
+    x = torch.zeros(2, 5, 4, 7)
+    assert not problem_of(Inputs(x, x, x)).aligned
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function, fullgraph=True, dynamic=True, backend="eager")(x), x + 1)
+    torch._dynamo.reset()

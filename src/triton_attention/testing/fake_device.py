@@ -5,6 +5,7 @@ Plans are made with meta tensors, so that nothing is computed; Triton and its pt
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -14,8 +15,10 @@ from typing import NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import CompiledKernel
 
+from triton_attention.hopper import launch as hopper
 from triton_attention.kernel import Launch, compile_launch
 from triton_attention.portable.configs import gpu_family
 from triton_attention.portable.launch import Settings, plan_backward, plan_forward
@@ -31,6 +34,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_NUM_SMS = 132  # of an H100: the number of programs depends on it, and no variant does
 
 
 class Resources(NamedTuple):
@@ -42,13 +46,15 @@ class Resources(NamedTuple):
     spills: int  # bytes of a thread's registers that go through memory
 
 
-def launches(case: Case, target: GPUTarget) -> list[Launch]:
-    """What a forward and a backward pass of `case` launch on `target`."""
+def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[Launch]:
+    """What a forward and a backward pass of `case` launch on `target`; of "hopper" the forward, which is all it has."""
     inputs, problem = make_inputs(case, "meta")
-    settings = Settings(problem.mask, problem.softmax_scale, gpu_family(target.backend, target.arch))
     q, k, v, bias = (None if tensor is None else tensor.detach() for tensor in inputs[:4])
     if q is None or k is None or v is None:
         raise ValueError(f"case must have q, k and v, got {case}")
+    if backend == "hopper":
+        return [hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS).launch]
+    settings = Settings(problem.mask, problem.softmax_scale, gpu_family(target.backend, target.arch))
     forward = plan_forward(q, k, v, bias, settings)
     dout = torch.empty_like(forward.out)
     needs_dbias = bias is not None and bias.dtype != torch.bool
@@ -69,6 +75,16 @@ def compile_for(launch: Launch, target: GPUTarget) -> Resources:
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     return Resources(compiled.metadata.shared, tensor_memory, registers, stack)
+
+
+def assembler_messages(launch: Launch, target: GPUTarget) -> str:
+    """What ptxas says of a kernel for sm_90: that it serialised wgmma instructions, where it had to."""
+    compiled = compile_launch(launch, target)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(target.arch).path, "-v", "--gpu-name", "sm_90a", file.name, "-o", os.devnull]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _resource_usage(compiled: CompiledKernel) -> str:

@@ -1,0 +1,1 @@
+"""The Hopper backend: warp-specialised Gluon kernels for sm_90."""

@@ -1,0 +1,128 @@
+"""Which kernel is asked for (Spec), and with which tile does it run (Tile)?
+
+Tiles are data: rows that say for which head dimension, bias and mask they are, in order of preference, with the
+measurement that chose them. Nothing is tuned at run time. Where two tiles are far apart for long and for short
+sequences there are two rows, so that a problem has two variants at most, whatever its lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel computes. Plain fields only: Triton's cache sees the text of a constant, nothing inside it."""
+
+    BLOCK_D: int  # the head dimensions as one power of two, or two: BLOCK + TAIL
+    TAIL_D: int
+    BLOCK_DV: int
+    TAIL_DV: int
+    HAS_LOWER: bool  # the mask's band has a lower bound: the left side of a window
+    HAS_UPPER: bool  # it has an upper bound: causal, or the right side of a window
+    BIAS: str  # "none", "added" or "mask" (boolean)
+    BIAS_ROWS: bool  # the bias varies along the queries
+    BIAS_COLS: bool  # it varies along the keys
+    BIAS_SHARED: bool  # it varies along both, and the batch shares it
+    RAW_SCORES: bool  # nothing is added to q k^T and softmax_scale > 0: the scale folds into the exponent
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel computes it; see `tile`."""
+
+    CONSUMERS: int  # warpgroups of 64 queries
+    BLOCK_N: int  # keys
+    STAGES: int  # blocks of keys, and of values, in shared memory
+    Q_STAGES: int  # tiles of queries there: with 2 those of the next tile come early
+    BIAS_STAGES: int  # blocks of the bias there
+    BIAS_STAYS: bool  # all of a tile's bias stays there, while the batch entries that share it pass
+    SKIPS: bool  # a consumer leaves out blocks whose keys its own 64 queries do not see; wants 3 stages
+    REGISTERS: int  # of a consumer's thread
+    maxnreg: int  # of any thread, before the producer gives its own away
+    num_warps: int = 4  # of a consumer
+
+
+# 65,536 registers, shared by a producer of 24 a thread and as many consumers, in steps of 8.
+_REGISTERS = {2: (240, 168), 3: (160, 128), 4: (112, 96)}
+
+
+def tile(
+    consumers: int, block_n: int, stages: int, *, q_stages: int = 2, bias_stages: int = 2, bias_stays: bool = False,
+    skips: bool = False,
+) -> Tile:  # fmt: skip
+    """A tile, with the registers that its number of consumers leaves to each."""
+    return Tile(consumers, block_n, stages, q_stages, bias_stages, bias_stays, skips, *_REGISTERS[consumers])
+
+
+def is_uneven(spec: Spec, chosen: Tile) -> bool:
+    """Whether tiles differ in length, so that programs take them as they come: under a causal mask."""
+    return spec.HAS_UPPER and not spec.HAS_LOWER and not chosen.BIAS_STAYS
+
+
+class Row(NamedTuple):
+    """A tile and what it is for; None matches anything, and the first row that matches is taken."""
+
+    head_dim: int  # the larger head dimension, padded, is at most this
+    tile: Tile
+    bias_size: int | None = None  # bytes of a number of a bias that varies along queries and keys; 0 = no such bias
+    columns: bool | None = None  # whether there is a bias that varies along the keys only
+    banded: bool | None = None  # whether there is a causal mask or a window
+    shared: bool | None = None  # whether the batch shares the bias
+    seqlen_k: range = range(2**31)
+
+
+# H100 80GB HBM3, Triton 3.6.0, bf16. Each comment has TFLOP/s; without a bias at batch * seqlen 16k, heads * d 2048.
+ROWS = (
+    Row(64, tile(4, 64, 4), bias_size=0, columns=True),  # vector bias, s 2k: 370; 2 x 128: 351
+    Row(64, tile(3, 128, 2), bias_size=0, banded=False, seqlen_k=range(2048, 2**31)),  # s 4k, 16k: 505, 554
+    Row(64, tile(4, 64, 4), bias_size=0, banded=False),  # s 512, 1k, 4k: 358, 447, 458; 3 x 128: 323, 419, 505
+    Row(64, tile(3, 128, 3, skips=True), bias_size=0, seqlen_k=range(8192, 2**31)),  # causal, s 16k: 503
+    Row(64, tile(4, 64, 4, skips=True), bias_size=0),  # causal, s 1k, 4k, 16k: 323, 453, 434; 3 x 128: 252, 442, 503
+    Row(128, tile(2, 128, 2), bias_size=0),  # s 1k, 4k, 16k: 592, 687, 656; causal 392, 600, 618
+    Row(160, tile(2, 64, 3, q_stages=1), bias_size=0),  # s 2000, causal: 421; 2 stages, and 2 of queries: 414
+    Row(192, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 2000, causal: 432
+    Row(256, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 1k, 4k, 16k: 597, 732, 707; causal 409, 611, 673
+    # pair bias, d 32, h 4, n rows of n, n 256, 384, 512: 134, 158, 173; streamed through 4 x 64: 123, 128, 186
+    Row(
+        32,
+        tile(2, 64, 4, bias_stages=7, bias_stays=True),
+        bias_size=2,
+        banded=False,
+        shared=True,
+        seqlen_k=range(7 * 64 + 1),
+    ),
+    Row(32, tile(4, 64, 4, bias_stages=3), bias_size=2, banded=False),
+    Row(64, tile(4, 64, 4, q_stages=1), bias_size=2, banded=False),  # s 2k: 331; 2 x 128: 313
+    Row(64, tile(2, 128, 2), bias_size=2),  # s 2k, causal: 257; 4 x 64: 192
+    Row(128, tile(2, 64, 2), bias_size=2),  # s 2k: 462; causal 366
+    Row(192, tile(2, 64, 2, q_stages=1), bias_size=2),
+    Row(256, tile(2, 32, 2, q_stages=1), bias_size=2),
+    Row(64, tile(2, 64, 3), bias_size=1),
+    Row(128, tile(2, 64, 2), bias_size=1),
+    Row(192, tile(2, 64, 2, q_stages=1), bias_size=1),
+    Row(256, tile(2, 32, 2, q_stages=1), bias_size=1),
+    Row(128, tile(2, 64, 2, q_stages=1), bias_size=4),
+    Row(256, tile(2, 32, 2, q_stages=1), bias_size=4),
+)
+
+
+@cache
+def tile_for(spec: Spec, bias_size: int, seqlen_k: int) -> Tile:
+    """The tile of the first row that matches; `bias_size` is that of one number of the bias, 0 without one."""
+    head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)
+    matrix = spec.BIAS_ROWS and spec.BIAS_COLS
+    banded = spec.HAS_LOWER or spec.HAS_UPPER
+    for row in ROWS:
+        if (
+            head_dim <= row.head_dim
+            and row.bias_size in (None, bias_size if matrix else 0)
+            and row.columns in (None, spec.BIAS_COLS and not matrix)
+            and row.banded in (None, banded)
+            and row.shared in (None, spec.BIAS_SHARED)
+            and seqlen_k in row.seqlen_k
+        ):
+            return row.tile
+    raise LookupError(f"no tile for {spec} with a bias of {bias_size} bytes a number and {seqlen_k} keys")

@@ -1,0 +1,425 @@
+"""The forward kernel: softmax(scores) v and the log-sum-exp, in one pass over the keys.
+
+A program is a producer warp, which copies tiles of q, k, v and the bias into shared memory, and two or three consumer
+warpgroups of 64 queries each. It is persistent: while the consumers finish one tile, the producer fetches the next.
+Within a consumer two matrix products are under way together: q k^T of a block of keys, and the weights of the block
+before with v, which the softmax of the new block hides. At the end of a tile the new block is the next tile's first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triton_attention._compat import copy_to_global
+from triton_attention.hopper.bias import add_bias, load_row_bias
+from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.layouts import (
+    WARPGROUP_ROWS,
+    accumulator_layout,
+    columns_layout,
+    operand_layout,
+    rows_layout,
+)
+from triton_attention.hopper.schedule import announce, hear, new_ticker, next_tile, tile_range
+from triton_attention.hopper.softmax import LOG2_E, finish, mask_scores, new_rows, weigh
+
+PRODUCER_REGISTERS = gl.constexpr(24)  # of a thread: it holds addresses alone
+
+
+class Operands(NamedTuple):
+    """Tensor descriptors; those of the tail of the head dimension are None where there is none."""
+
+    q: object
+    q_tail: object
+    k: object
+    k_tail: object
+    v: object
+    v_tail: object
+    bias: object  # or a `BiasTensor`, or None
+    out: object
+    out_tail: object
+
+
+class Channels(NamedTuple):
+    """What the producer sends."""
+
+    q: object
+    k: object
+    v: object
+    bias: object
+    ticker: object
+
+
+class Results(NamedTuple):
+    """Shared memory through which each consumer's rows of out leave."""
+
+    tiles: object
+    tails: object
+
+
+class Output(NamedTuple):
+    """The accumulators of out, and which rows they are."""
+
+    acc: object  # (64, BLOCK_DV)
+    tail: object  # (64, TAIL_DV)
+    start_m: object
+    head: object
+    batch: object
+
+
+@gluon.jit
+def send_queries(channels, operands, i, work, TILE: gl.constexpr):
+    send(channels.q, operands.q, operands.q_tail, i, work.batch, work.head, work.start_m, 0, TILE.CONSUMERS)
+
+
+@gluon.jit
+def produce(channels, operands, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The producer warp: the operands of one tile after the other, from the last block of keys to the first."""
+    BIAS_PARTS: gl.constexpr = TILE.CONSUMERS if SPEC.BIAS_ROWS else 1
+    tile, end = tile_range(call, TILE)
+    i = 0
+    step = 0
+    bias_step = 0
+    slab_changes = True
+    work = announce(channels.ticker, 0, tile, end, call, SPEC, TILE)
+    if TILE.Q_STAGES > 1:
+        send_queries(channels, operands, 0, work, TILE)
+    while work.tile_last > 0:
+        if TILE.Q_STAGES == 1:
+            send_queries(channels, operands, i, work, TILE)
+        head_kv = work.head // call.group
+        following = work
+        for n in range(work.tile_last - 1, work.first - 1, -1):
+            start_n = n * TILE.BLOCK_N
+            send(channels.k, operands.k, operands.k_tail, step, work.batch, head_kv, start_n, 0, 1)
+            if SPEC.BIAS_COLS:
+                bias_m = work.start_m if SPEC.BIAS_ROWS else 0
+                if TILE.BIAS_STAYS:
+                    if slab_changes:
+                        send(
+                            channels.bias, operands.bias, None, bias_step, work.batch, work.head, bias_m, start_n,
+                            BIAS_PARTS,
+                        )  # fmt: skip
+                        bias_step += 1
+                else:
+                    send(channels.bias, operands.bias, None, step, work.batch, work.head, bias_m, start_n, BIAS_PARTS)
+            send(channels.v, operands.v, operands.v_tail, step, work.batch, head_kv, start_n, 0, 1)
+            step += 1
+            # The next tile is chosen early, so that its queries are there in time, but not before the consumers have
+            # begun with this one: they still need the queries of the last.
+            if n == max(work.tile_last - 1 - TILE.STAGES, work.first):
+                tile = next_tile(tile, end, counter, SPEC, TILE)
+                following = announce(channels.ticker, i + 1, tile, end, call, SPEC, TILE)
+                if TILE.Q_STAGES > 1 and following.tile_last > 0:
+                    send_queries(channels, operands, i + 1, following, TILE)
+        slab_changes = following.head != work.head or following.start_m != work.start_m
+        work = following
+        i += 1
+
+
+@gluon.jit
+def multiply_keys(channels, i, step, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """Issue q k^T of the i-th tile and the block of keys of a step: (64, BLOCK_N)."""
+    scores = gl.full([WARPGROUP_ROWS, TILE.BLOCK_N], 0.0, gl.float32, accumulator_layout(TILE.BLOCK_N))
+    q = tile_of(channels.q.tiles, channels.q, i, INDEX)
+    k = tile_of(channels.k.tiles, channels.k, step, 0)
+    scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+    if SPEC.TAIL_D > 0:
+        q = tile_of(channels.q.tails, channels.q, i, INDEX)
+        k = tile_of(channels.k.tails, channels.k, step, 0)
+        scores = warpgroup_mma(q, k.permute((1, 0)), scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def multiply_values(channels, weights, output, step, SPEC: gl.constexpr):
+    """Issue the product of the weights with the block of values of a step."""
+    acc = warpgroup_mma(weights, tile_of(channels.v.tiles, channels.v, step, 0), output.acc, is_async=True)
+    tail = output.tail
+    if SPEC.TAIL_DV > 0:
+        weights = gl.convert_layout(weights, operand_layout(SPEC.TAIL_DV))
+        tail = warpgroup_mma(weights, tile_of(channels.v.tails, channels.v, step, 0), tail, is_async=True)
+    return Output(acc, tail, output.start_m, output.head, output.batch)
+
+
+@gluon.jit
+def wait_values(output, SPEC: gl.constexpr):
+    """Wait until nothing is under way."""
+    acc = output.acc
+    tail = output.tail
+    if SPEC.TAIL_DV > 0:
+        acc, tail = warpgroup_mma_wait(0, deps=[acc, tail])
+    else:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    return Output(acc, tail, output.start_m, output.head, output.batch)
+
+
+@gluon.jit
+def new_output(work, SPEC: gl.constexpr):
+    acc = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
+    if SPEC.TAIL_DV > 0:
+        tail = gl.full([WARPGROUP_ROWS, SPEC.TAIL_DV], 0.0, gl.float32, accumulator_layout(SPEC.TAIL_DV))
+    else:
+        tail = 0
+    return Output(acc, tail, work.start_m, work.head, work.batch)
+
+
+@gluon.jit
+def as_operand(weights, channels, SPEC: gl.constexpr):
+    """The weights as the left operand of a product. They travel from block to block as float32: pairs of 16-bit numbers
+    that cross a loop are taken apart and put together again."""
+    return gl.convert_layout(weights.to(channels.v.tiles.dtype), operand_layout(SPEC.BLOCK_DV))
+
+
+@gluon.jit
+def scaled(output, factor, SPEC: gl.constexpr):
+    """The output with each row times a factor."""
+    acc_factor = gl.convert_layout(factor, rows_layout(SPEC.BLOCK_DV))
+    acc = output.acc * acc_factor[:, None]
+    tail = output.tail
+    if SPEC.TAIL_DV > 0:
+        tail = tail * gl.convert_layout(factor, rows_layout(SPEC.TAIL_DV))[:, None]
+    return Output(acc, tail, output.start_m, output.head, output.batch)
+
+
+@gluon.jit
+def load_bias(channels, row_bias, step, kept_step, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """The bias of a block of scores, in a shape that broadcasts to them."""
+    if SPEC.BIAS == "none":
+        values = 0
+    elif SPEC.BIAS_COLS:
+        bias_step = kept_step if TILE.BIAS_STAYS else step
+        wait_full(channels.bias, bias_step)
+        if SPEC.BIAS_ROWS:
+            tile = tile_of(channels.bias.tiles, channels.bias, bias_step, INDEX)
+            values = tile.load(accumulator_layout(TILE.BLOCK_N))
+        else:
+            tile = tile_of(channels.bias.tiles, channels.bias, bias_step, 0)
+            values = tile.reshape([TILE.BLOCK_N]).load(columns_layout(TILE.BLOCK_N))[None, :]
+        if not TILE.BIAS_STAYS:
+            release(channels.bias, bias_step)
+    else:
+        values = row_bias[:, None]
+    return values
+
+
+@gluon.jit
+def scale_scores(scores, values, call, SPEC: gl.constexpr):
+    """(scores, scale): the scores of a block from its q k^T, which times `scale` > 0 are in units of log 2."""
+    if SPEC.BIAS != "none":
+        scores = add_bias(scores, values, call, SPEC)
+        scale = LOG2_E
+    elif SPEC.RAW_SCORES:
+        scale = call.scale
+    else:
+        scores = scores * call.scale
+        scale = LOG2_E
+    return scores, scale
+
+
+@gluon.jit
+def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """Write 64 rows of out and lse; the copies of out are under way at return."""
+    factor, lse_rows = finish(rows)
+    numbers = output.start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_N))
+    origin = (output.batch * call.heads_q + output.head).to(gl.int64) * call.seqlen_q
+    gl.store(lse + origin + numbers, lse_rows, mask=numbers < call.seqlen_q)
+    output = scaled(output, factor, SPEC)
+    place = [output.batch, output.head, output.start_m, 0]
+    tma.store_wait(0)
+    tile = results.tiles.index(INDEX)
+    tile.reshape([WARPGROUP_ROWS, SPEC.BLOCK_DV]).store(output.acc.to(operands.out.dtype))
+    fence_async_shared()
+    copy_to_global(operands.out, place, tile)
+    if SPEC.TAIL_DV > 0:
+        if SPEC.TAIL_DV == SPEC.BLOCK_DV:  # the tail takes the same place
+            tma.store_wait(0)
+        else:
+            tile = results.tails.index(INDEX)
+        tile.reshape([WARPGROUP_ROWS, SPEC.TAIL_DV]).store(output.tail.to(operands.out.dtype))
+        fence_async_shared()
+        copy_to_global(operands.out_tail, place, tile)
+
+
+@gluon.jit
+def visit(
+    rows, weights, output, channels, row_bias, kept_step, i, step, n, call, SPEC: gl.constexpr, TILE: gl.constexpr,
+    INDEX: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Take in block n of the keys: its softmax runs under the product of the weights of the block before with v."""
+    operand = as_operand(weights, channels, SPEC)
+    wait_full(channels.v, step - 1)
+    wait_full(channels.k, step)
+    scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
+    output = multiply_values(channels, operand, output, step - 1, SPEC)
+    values = load_bias(channels, row_bias, step, kept_step, SPEC, TILE, INDEX)
+    scores = warpgroup_mma_wait(2 if SPEC.TAIL_DV > 0 else 1, deps=[scores])
+    release(channels.k, step)
+    scores, scale = scale_scores(scores, values, call, SPEC)
+    if MASKED:
+        scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
+    rows, weights, correction = weigh(rows, scores, scale)
+    output = wait_values(output, SPEC)
+    release(channels.v, step - 1)
+    return rows, weights, scaled(output, correction, SPEC)
+
+
+@gluon.jit
+def skip(channels, step, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Let a block of keys pass that only other consumers need."""
+    wait_full(channels.k, step)
+    release(channels.k, step)
+    if SPEC.BIAS_COLS and not TILE.BIAS_STAYS:
+        wait_full(channels.bias, step)
+        release(channels.bias, step)
+    wait_full(channels.v, step)
+    release(channels.v, step)
+
+
+@gluon.jit
+def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """A consumer warpgroup: the queries [64 INDEX, 64 INDEX + 64) of every tile."""
+    i = 0
+    step = 0
+    bias_step = 0  # with BIAS_STAYS, of the last block of keys of the slab at hand
+    work = hear(channels.ticker, 0, SPEC, TILE, INDEX)
+    rows = new_rows(TILE.BLOCK_N)
+    weights = gl.full([WARPGROUP_ROWS, TILE.BLOCK_N], 0.0, gl.float32, accumulator_layout(TILE.BLOCK_N))
+    output = new_output(work, SPEC)
+    while work.tile_last > 0:
+        # The first block of keys, while the last values of the tile before are under way.
+        pending = max(step - 1, 0)
+        if SPEC.HAS_UPPER:
+            for _ in range(work.last, work.tile_last):
+                skip(channels, step, SPEC, TILE)
+                step += 1
+        operand = as_operand(weights, channels, SPEC)
+        wait_full(channels.q, i)
+        wait_full(channels.v, pending, i > 0)
+        wait_full(channels.k, step)
+        scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
+        output = multiply_values(channels, operand, output, pending, SPEC)
+        row_bias = load_row_bias(operands.bias, work.batch, work.head, work.start_m, call, SPEC, TILE)
+        n = work.last - 1
+        values = load_bias(channels, row_bias, step, bias_step + work.tile_last - 1 - n, SPEC, TILE, INDEX)
+        output = wait_values(output, SPEC)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        release(channels.k, step)
+        if i > 0:
+            release(channels.v, pending)
+            store(operands, lse, results, output, rows, call, SPEC, TILE, INDEX)
+        output = new_output(work, SPEC)
+        scores, scale = scale_scores(scores, values, call, SPEC)
+        if n >= work.full_last or n < work.full_first:
+            scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
+        rows, weights, _ = weigh(new_rows(TILE.BLOCK_N), scores, scale)
+        step += 1
+
+        if SPEC.HAS_UPPER:
+            for n in range(work.last - 2, max(work.full_last, work.first) - 1, -1):
+                rows, weights, output = visit(
+                    rows, weights, output, channels, row_bias, bias_step + work.tile_last - 1 - n, i, step, n, call,
+                    SPEC, TILE, INDEX, True,
+                )  # fmt: skip
+                step += 1
+        for n in range(min(work.last - 1, work.full_last) - 1, max(work.full_first, work.first) - 1, -1):
+            rows, weights, output = visit(
+                rows, weights, output, channels, row_bias, bias_step + work.tile_last - 1 - n, i, step, n, call,
+                SPEC, TILE, INDEX, False,
+            )  # fmt: skip
+            step += 1
+        if SPEC.HAS_LOWER:
+            for n in range(min(work.last - 1, work.full_first) - 1, work.first - 1, -1):
+                rows, weights, output = visit(
+                    rows, weights, output, channels, row_bias, bias_step + work.tile_last - 1 - n, i, step, n, call,
+                    SPEC, TILE, INDEX, True,
+                )  # fmt: skip
+                step += 1
+        release(channels.q, i)
+        i += 1
+        following = hear(channels.ticker, i, SPEC, TILE, INDEX)
+        if TILE.BIAS_STAYS:
+            if following.head != work.head or following.start_m != work.start_m:
+                for k in range(work.tile_last - work.first):
+                    release(channels.bias, bias_step + k)
+                bias_step += work.tile_last - work.first
+        work = following
+
+    wait_full(channels.v, step - 1)
+    output = multiply_values(channels, as_operand(weights, channels, SPEC), output, step - 1, SPEC)
+    output = wait_values(output, SPEC)
+    store(operands, lse, results, output, rows, call, SPEC, TILE, INDEX)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attention_fwd(
+    q, q_tail, k, k_tail, v, v_tail, bias, out, out_tail, lse, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr
+):  # fmt: skip
+    """out = softmax(softmax_scale q k^T + bias + mask) v and lse = log sum exp of the scores.
+
+    Grid: at most one program for each multiprocessor. Each computes tile after tile: 64 CONSUMERS rows of `out`
+    (batch, heads_q, seqlen_q, head_dim_v) and `lse` (batch, heads_q, seqlen_q); see schedule.py for which.
+    """
+    operands = Operands(q, q_tail, k, k_tail, v, v_tail, bias, out, out_tail)
+    q_channel = new_channel(q, q_tail, TILE.Q_STAGES, TILE.CONSUMERS, TILE.CONSUMERS)
+    k_channel = new_channel(k, k_tail, TILE.STAGES, 1, TILE.CONSUMERS)
+    v_channel = new_channel(v, v_tail, TILE.STAGES, 1, TILE.CONSUMERS)
+    if SPEC.BIAS_COLS:
+        BIAS_PARTS: gl.constexpr = TILE.CONSUMERS if SPEC.BIAS_ROWS else 1
+        bias_channel = new_channel(bias, None, TILE.BIAS_STAGES, BIAS_PARTS, TILE.CONSUMERS)
+    else:
+        bias_channel = 0
+    if SPEC.TAIL_DV == 0 or SPEC.TAIL_DV == SPEC.BLOCK_DV:
+        results = Results(new_tiles(out, TILE.CONSUMERS), 0)
+    else:
+        results = Results(new_tiles(out, TILE.CONSUMERS), new_tiles(out_tail, TILE.CONSUMERS))
+    channels = Channels(q_channel, k_channel, v_channel, bias_channel, new_ticker(TILE))
+    fence_async_shared()
+    C0: gl.constexpr = 0
+    C1: gl.constexpr = 1
+    C2: gl.constexpr = 2
+    C3: gl.constexpr = 3
+    REGISTERS: gl.constexpr = TILE.REGISTERS
+    if TILE.CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C0)),
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C1)),
+                (produce, (channels, operands, counter, call, SPEC, TILE)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif TILE.CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C0)),
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C1)),
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C2)),
+                (produce, (channels, operands, counter, call, SPEC, TILE)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C0)),
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C1)),
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C2)),
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C3)),
+                (produce, (channels, operands, counter, call, SPEC, TILE)),
+            ],
+            [4, 4, 4, 1],
+            [REGISTERS, REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )

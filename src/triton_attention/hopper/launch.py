@@ -1,0 +1,262 @@
+"""How does a call become a kernel launch: outputs, arguments, Spec and Tile?
+
+The plan is pure: it allocates and describes. So the same plan runs on a GPU and, made with meta tensors, compiles for
+one that is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from triton_attention.arguments import (
+    ABSENT,
+    DTYPES,
+    Argument,
+    ceil_div,
+    descriptor_strides,
+    device_of,
+    flat,
+    has_aligned_rows,
+    pointer_type,
+)
+from triton_attention.hopper.bias import BiasTensor
+from triton_attention.hopper.configs import Spec, Tile, is_uneven, tile_for
+from triton_attention.hopper.forward import attention_fwd
+from triton_attention.hopper.schedule import Call
+from triton_attention.kernel import Launch, run, variant
+from triton_attention.problem import Mask
+
+_GLUON_DTYPES = {
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.float32: gl.float32,
+    torch.uint8: gl.uint8,
+}
+_LOG2_E = math.log2(math.e)
+_ROWS = 64  # of one consumer
+_SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
+
+
+_MAX_RECIPES = 4096
+_recipes: dict[object, _Recipe] = {}
+
+
+class ForwardPlan(NamedTuple):
+    """The outputs, and the launch that fills them."""
+
+    out: Tensor
+    lse: Tensor
+    launch: Launch
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a validated call that is not empty; see `triton_attention.attention`.
+
+    What follows from the layout of the tensors is worked out once: a call that differs in the addresses alone takes a
+    fraction of the time.
+    """
+    tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    key = (mask, softmax_scale, *(_layout(tensor) for tensor in tensors))
+    with device_of(q):
+        recipe = _recipes.get(key)
+        if recipe is None:
+            plan = plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(q.device))
+            run(plan.launch)
+            if all(has_aligned_rows(tensor) for tensor in tensors if tensor.shape[3] > 1):  # else the plan has copies
+                if len(_recipes) >= _MAX_RECIPES:
+                    _recipes.clear()
+                _recipes[key] = _Recipe(plan, tensors)
+            return plan.out, plan.lse
+        return recipe.run(tensors)
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
+
+
+class _Address(NamedTuple):
+    """Stands in a tensor descriptor for the tensor."""
+
+    pointer: int
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+class _Recipe:
+    """A plan, to be run again where nothing but addresses has changed."""
+
+    def __init__(self, plan: ForwardPlan, inputs: tuple[Tensor, ...]) -> None:
+        launch = plan.launch
+        self._variant = variant(launch)[(launch.programs, 1, 1)]
+        self._constants = (launch.arguments[-1].value, launch.spec, launch.tile)
+        self._templates = [argument.value for argument in launch.arguments[:-1]]
+        counter = launch.arguments[-2].value
+        self._counts = counter is not plan.lse
+        self._out_shape, self._lse_shape = plan.out.shape, plan.lse.shape
+        self._origins = [tensor.data_ptr() for tensor in _of_arguments(inputs, plan.out, plan.lse, counter)]
+
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        q = inputs[0]
+        out, lse = q.new_empty(self._out_shape), q.new_empty(self._lse_shape, dtype=torch.float32)
+        counter = _new_counter(q) if self._counts else lse
+        tensors = _of_arguments(inputs, out, lse, counter)
+        values = map(_moved, self._templates, self._origins, tensors)
+        self._variant(*values, *self._constants)
+        return out, lse
+
+
+def _of_arguments(inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
+    """The tensor behind each argument of the kernel: `inputs` are q, k, v and perhaps a bias."""
+    q, k, v = inputs[:3]
+    return q, q, k, k, v, v, inputs[-1], out, out, lse, counter
+
+
+def _moved(template: Any, origin: int, tensor: Tensor) -> Any:
+    """An argument made of one tensor, which began at `origin`, made of another of the same layout."""
+    if isinstance(template, TensorDescriptor):
+        descriptor = object.__new__(TensorDescriptor)  # its constructor checks again what was checked
+        address = _Address(tensor.data_ptr() + template.base.data_ptr() - origin)
+        descriptor.__dict__.update(template.__dict__, base=address)
+        return descriptor
+    if isinstance(template, BiasTensor):
+        return template._replace(ptr=tensor)
+    return template if template is None else tensor
+
+
+def _new_counter(like: Tensor) -> Tensor:
+    """The number that programs count up where they take tiles as they come: see `schedule.next_tile`."""
+    return like.new_zeros(1, dtype=torch.int32)
+
+
+def plan_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, num_sms: int,
+    tile: Tile | None = None,
+) -> ForwardPlan:  # fmt: skip
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_k, heads_kv, head_dim_v = v.shape[1:]
+    q, k, v = (_with_aligned_rows(tensor) for tensor in (q, k, v))
+    out = q.new_empty(batch, seqlen_q, heads, head_dim_v)
+    lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+    lower, upper = mask.band(seqlen_q, seqlen_k)
+    varies = (False, False)
+    shared = False
+    if bias is not None:
+        bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        varies = (bias.shape[2] > 1, bias.shape[3] > 1)
+        shared = all(varies) and bias.shape[0] == 1
+        if varies[1]:
+            bias = _with_aligned_rows(bias)
+        bias = bias.expand(batch, heads, seqlen_q, seqlen_k)
+    spec = Spec(
+        BLOCK_D=_split(head_dim)[0],
+        BLOCK_DV=_split(head_dim_v)[0],
+        TAIL_D=_split(head_dim)[1],
+        TAIL_DV=_split(head_dim_v)[1],
+        HAS_LOWER=lower is not None,
+        HAS_UPPER=upper is not None,
+        BIAS="none" if bias is None else "mask" if bias.dtype == torch.uint8 else "added",
+        BIAS_ROWS=varies[0],
+        BIAS_COLS=varies[1],
+        BIAS_SHARED=shared,
+        RAW_SCORES=bias is None and softmax_scale > 0.0,
+    )
+    tile = tile or tile_for(spec, 0 if bias is None else bias.element_size(), seqlen_k)
+    group = heads // heads_kv
+    # j - i lies between -seqlen_q and seqlen_k: a wider band says no more, and might not fit 32 bits.
+    lower, upper = (min(max(bound or 0, -seqlen_q), seqlen_k) for bound in (lower, upper))
+    num_tiles = ceil_div(seqlen_q, tile.CONSUMERS * _ROWS) * heads * batch
+    call = Call(
+        seqlen_q, seqlen_k, heads, group, batch, _section(spec, batch, heads, group, seqlen_k), lower, upper,
+        softmax_scale * _LOG2_E if spec.RAW_SCORES else softmax_scale,
+    )  # fmt: skip
+    if bias is None:
+        bias_argument = ABSENT
+    elif varies[1]:
+        bias_argument = _descriptor(bias, _ROWS if varies[0] else 1, tile.BLOCK_N)
+    else:
+        bias_argument = _bias(bias)
+    programs = min(num_sms, num_tiles)
+    counter = _new_counter(q) if is_uneven(spec, tile) and num_tiles > programs else lse
+    arguments = (
+        *_descriptors(q, _ROWS, spec.BLOCK_D, spec.TAIL_D),
+        *_descriptors(k, tile.BLOCK_N, spec.BLOCK_D, spec.TAIL_D),
+        *_descriptors(v, tile.BLOCK_N, spec.BLOCK_DV, spec.TAIL_DV),
+        bias_argument,
+        *_descriptors(out, _ROWS, spec.BLOCK_DV, spec.TAIL_DV),
+        flat(lse),
+        Argument(counter, "*i32:16"),
+        Argument(call, _CALL_TYPES),
+    )
+    return ForwardPlan(out, lse, Launch(attention_fwd, programs, arguments, spec, tile))
+
+
+def _section(spec: Spec, batch: int, heads: int, group: int, seqlen_k: int) -> int:
+    """How many matrices' tiles are interleaved, see `schedule.place`."""
+    together = batch if spec.BIAS_SHARED else group  # those that share a bias, or keys
+    if not spec.HAS_UPPER:
+        return together
+    bytes_of_keys = 2 * seqlen_k * (spec.BLOCK_D + spec.TAIL_D + spec.BLOCK_DV + spec.TAIL_DV)
+    fit = max(1, _SECTION_BYTES // bytes_of_keys) * group
+    return min(ceil_div(fit, together) * together, batch * heads)
+
+
+_CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32")
+
+
+def _split(head_dim: int) -> tuple[int, int]:
+    """A head dimension as two powers of two, the larger first, that hold it; the second is 0 where one is enough."""
+    whole = max(32, 1 << (head_dim - 1).bit_length())
+    if whole == 256:
+        rest = head_dim - 128
+        return 128, max(32, 1 << (rest - 1).bit_length())
+    if whole == 128 and head_dim <= 96:
+        return 64, 16 if head_dim <= 80 else 32
+    return whole, 0
+
+
+def _with_aligned_rows(tensor: Tensor) -> Tensor:
+    if has_aligned_rows(tensor):
+        return tensor
+    columns, multiple = tensor.shape[3], 16 // tensor.element_size()
+    rows = tensor.new_empty(*tensor.shape[:3], ceil_div(columns, multiple) * multiple)
+    return rows[..., :columns].copy_(tensor)
+
+
+def _bias(tensor: Tensor) -> Argument:
+    """A (batch, heads, seqlen_q, seqlen_k) tensor."""
+    batch, head, row, _ = tensor.stride()
+    return Argument(BiasTensor(tensor, batch, head, row), BiasTensor(pointer_type(tensor), "i64", "i64", "i64"))
+
+
+def _descriptors(tensor: Tensor, rows: int, columns: int, tail: int) -> tuple[Argument, Argument]:
+    """Tiles of a (batch, rows, heads, columns) tensor, and of its columns beyond the first."""
+    tensor = tensor.transpose(1, 2)
+    return _descriptor(tensor, rows, columns), _descriptor(tensor[..., columns:], rows, tail) if tail else ABSENT
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
+    """Tiles (rows, columns) of the matrices of a (batch, heads, rows, columns) tensor."""
+    block = [1, 1, rows, columns]
+    layout = _shared_layout(rows, columns, tensor.dtype)
+    descriptor: Any = TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, layout)
+    return Argument(descriptor, f"tensordesc<{DTYPES[tensor.dtype]}{block},{layout!r}>")
+
+
+@lru_cache
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _GLUON_DTYPES[dtype])
+
+
+@lru_cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

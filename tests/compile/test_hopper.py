@@ -1,0 +1,74 @@
+"""Does every variant of the Hopper kernels compile, fit the GPU, and keep several matrix products under way?"""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from triton_attention.hopper import support
+from triton_attention.hopper.configs import ROWS
+from triton_attention.problem import Mask
+from triton_attention.testing import CASES, Case, make_inputs
+from triton_attention.testing.cases import CAUSAL, FULL
+from triton_attention.testing.fake_device import TARGETS, assembler_messages, compile_for, launches
+
+SM_90 = TARGETS["sm_90"]
+SHARED_MEMORY = 232_448  # bytes that one block may have
+SPILLS_ALLOWED = 256  # bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9
+
+WINDOW = Mask(300, 200)
+
+
+def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048):
+    return Case(seqlen, seqlen, head_dim, mask=mask, bias=bias, bias_dtype=bias_dtype, dtype=torch.bfloat16)
+
+
+LARGER = (
+    *(larger(head_dim, FULL) for head_dim in (128, 256)),
+    *(larger(head_dim, WINDOW) for head_dim in (128, 256)),
+    *(larger(head_dim, CAUSAL) for head_dim in (160, 192)),
+    *(larger(64, mask, seqlen=seqlen) for mask in (FULL, CAUSAL) for seqlen in (1024, 16384)),
+    larger(32, FULL, "1hqk", seqlen=384),
+    larger(32, FULL, "1hqk"),
+    larger(64, FULL, "1hqk"),
+    larger(192, CAUSAL, "1hqk"),
+    *(larger(head_dim, CAUSAL, "1hqk", torch.bool) for head_dim in (64, 128, 192)),
+    *(larger(head_dim, CAUSAL, "1hqk") for head_dim in (64, 80, 128, 256)),
+    *(larger(head_dim, CAUSAL, "1hqk", torch.float32) for head_dim in (128, 256)),
+    larger(256, WINDOW, "1hqk", torch.bool),
+    *(larger(head_dim, CAUSAL, "b11k") for head_dim in (64, 256)),
+)
+
+
+def runs_on_hopper(case):
+    _, problem = make_inputs(case, "meta")
+    with patch.object(support, "_other_than_hopper", return_value=None):
+        return not support.why_not(problem)
+
+
+def different_variants():
+    """The larger cases and the common ones, but one of those that differ in the dtype of q, k and v alone."""
+    cases = {}
+    for case in filter(runs_on_hopper, (*LARGER, *CASES)):
+        (launch,) = launches(case, SM_90, "hopper")
+        bias_size = None if case.bias is None else (case.bias_dtype or case.dtype).itemsize
+        cases.setdefault((launch.kernel, launch.spec, launch.tile, bias_size), case)
+    return list(cases.values())
+
+
+def test_larger_cases_run_on_hopper():
+    assert all(map(runs_on_hopper, LARGER))
+
+
+@pytest.mark.parametrize("case", different_variants(), ids=str)
+def test_variant_compiles(case):
+    (launch,) = launches(case, SM_90, "hopper")
+    resources = compile_for(launch, SM_90)
+    assert resources.shared_memory <= SHARED_MEMORY, resources
+    assert resources.spills <= SPILLS_ALLOWED, resources
+    assert "wgmma" not in assembler_messages(launch, SM_90)  # "... instructions are serialized due to ..."
+
+
+def test_every_row_of_the_table_is_compiled():
+    taken = {launches(case, SM_90, "hopper")[0].tile for case in different_variants()}
+    assert taken == {row.tile for row in ROWS}
