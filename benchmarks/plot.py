@@ -57,8 +57,8 @@ def draw(rows: list[Row], title: str, colours: dict[str, str], stem: Path) -> No
             centres = [line.index(row["name"]) + (place - (len(providers) - 1) / 2) * bar for row in own]
             speeds = [float(row["tflops"]) for row in own]
             # TFLOP/s = FLOPs / time, so the speed at another percentile of the time follows from the speed at p50
-            slow = [s - s * float(row["p50_ms"]) / float(row["p80_ms"]) for s, row in zip(speeds, own, strict=True)]
-            fast = [s * float(row["p50_ms"]) / float(row["p20_ms"]) - s for s, row in zip(speeds, own, strict=True)]
+            slow = [s - s * _faster_than_p50(row, "p80_ms") for s, row in zip(speeds, own, strict=True)]
+            fast = [s * _faster_than_p50(row, "p20_ms") - s for s, row in zip(speeds, own, strict=True)]
             bars = axes.bar(
                 centres, speeds, bar, color=colours[provider], yerr=(slow, fast), error_kw={"linewidth": 0.7}
             )
@@ -76,3 +76,8 @@ def draw(rows: list[Row], title: str, colours: dict[str, str], stem: Path) -> No
     figure.savefig(f"{stem}.png", dpi=150)
     figure.savefig(f"{stem}.svg", metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _faster_than_p50(row: Row, percentile: str) -> float:
+    """The speed at a percentile of the time over that at the median; 1 where the median alone was kept."""
+    return float(row["p50_ms"]) / float(row[percentile] or row["p50_ms"])
