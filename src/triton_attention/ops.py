@@ -43,7 +43,7 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
     return result
 
 
-_BACKWARD_OF = {"portable": "portable", "hopper": "portable"}  # which backend differentiates a backend's forward
+_STAND_IN = {"hopper": "portable"}  # which backend runs what another one leaves: its backward pass, and odd layouts
 
 
 def _launcher(backend: str) -> ModuleType:
@@ -55,9 +55,10 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float, left: int | None, right: int | None,
     top_left: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    result: tuple[Tensor, Tensor] = _launcher(backend).forward(
-        q, k, v, bias, Mask(left, right, top_left), softmax_scale
-    )
+    call = (q, k, v, bias, Mask(left, right, top_left), softmax_scale)
+    result: tuple[Tensor, Tensor] | None = _launcher(backend).forward(*call)
+    if result is None:
+        return _launcher(_STAND_IN[backend]).forward(*call)  # type: ignore[no-any-return]
     return result
 
 
@@ -72,7 +73,7 @@ def _backward(
     needs_dbias: bool, softmax_scale: float, left: int | None, right: int | None, top_left: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mask = Mask(left, right, top_left)
-    dq, dk, dv, dbias = _launcher(_BACKWARD_OF[backend]).backward(
+    dq, dk, dv, dbias = _launcher(_STAND_IN.get(backend, backend)).backward(
         dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias
     )
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias

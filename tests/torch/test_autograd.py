@@ -1,6 +1,7 @@
 """Are gradients right however they are asked for, and is what has no derivative refused?"""
 
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -136,6 +137,15 @@ def test_packed_inputs_are_not_copied(monkeypatch, dtype):
         else:
             pointers = [strided.ptr.data_ptr() for strided in tensors]
         assert pointers == views
+
+
+def test_what_hopper_does_not_take_goes_to_portable(monkeypatch):
+    """A graph of torch.compile learns only when it runs that rows are not aligned; hopper then answers None."""
+    launchers = {"hopper": SimpleNamespace(forward=lambda *call: None), "portable": launch}
+    monkeypatch.setattr(ops, "_launcher", launchers.__getitem__)
+    inputs, problem = make_inputs(Case(SEQLEN_Q, SEQLEN_K, HEAD_DIM, bias="1hqk", dtype=torch.float32))
+    check = check_against_float64(lambda *call: ops.attention(*call, "hopper"), inputs, problem)
+    assert check.good, f"\n{check}"
 
 
 def test_the_backward_of_hopper_is_that_of_portable(monkeypatch):

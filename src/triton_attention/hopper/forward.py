@@ -1,6 +1,6 @@
 """The forward kernel: softmax(scores) v and the log-sum-exp, in one pass over the keys.
 
-A program is a producer warp, which copies tiles of q, k, v and the bias into shared memory, and two or three consumer
+A program is a producer warp, which copies tiles of q, k, v and the bias into shared memory, and two to four consumer
 warpgroups of 64 queries each. It is persistent: while the consumers finish one tile, the producer fetches the next.
 Within a consumer two matrix products are under way together: q k^T of a block of keys, and the weights of the block
 before with v, which the softmax of the new block hides. At the end of a tile the new block is the next tile's first.

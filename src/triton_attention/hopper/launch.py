@@ -7,6 +7,7 @@ one that is not there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -42,9 +43,8 @@ _GLUON_DTYPES = {
 _LOG2_E = math.log2(math.e)
 _ROWS = 64  # of one consumer
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
+_MAX_RECIPES = 4096  # layouts that are remembered
 
-
-_MAX_RECIPES = 4096
 _recipes: dict[object, _Recipe] = {}
 
 
@@ -58,8 +58,11 @@ class ForwardPlan(NamedTuple):
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """(out, lse) of a validated call that is not empty; see `triton_attention.attention`.
+
+    None where the rows of q, k, v or a matrix of bias are not aligned: an eager call that asks the backend's `support`
+    does not come here with those, but a graph of torch.compile learns strides and addresses only when it runs.
 
     What follows from the layout of the tensors is worked out once: a call that differs in the addresses alone takes a
     fraction of the time.
@@ -69,14 +72,23 @@ def forward(
     with device_of(q):
         recipe = _recipes.get(key)
         if recipe is None:
+            if not _are_aligned(q, k, v, bias):
+                return None
             plan = plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(q.device))
             run(plan.launch)
-            if all(has_aligned_rows(tensor) for tensor in tensors if tensor.shape[3] > 1):  # else the plan has copies
+            if bias is None or bias.shape[3] == 1 or has_aligned_rows(bias):  # else the plan has a copy of it
                 if len(_recipes) >= _MAX_RECIPES:
                     _recipes.clear()
                 _recipes[key] = _Recipe(plan, tensors)
             return plan.out, plan.lse
         return recipe.run(tensors)
+
+
+def _are_aligned(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    matrices = [q, k, v]
+    if bias is not None and bias.shape[2] > 1 and bias.shape[3] > 1:
+        matrices.append(bias)
+    return all(has_aligned_rows(tensor) for tensor in matrices)
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -93,44 +105,49 @@ class _Address(NamedTuple):
 
 
 class _Recipe:
-    """A plan, to be run again where nothing but addresses has changed."""
+    """A plan, to be run again where nothing but addresses has changed. It keeps no tensor alive."""
 
     def __init__(self, plan: ForwardPlan, inputs: tuple[Tensor, ...]) -> None:
         launch = plan.launch
+        *values, counter, call = (argument.value for argument in launch.arguments)
         self._variant = variant(launch)[(launch.programs, 1, 1)]
-        self._constants = (launch.arguments[-1].value, launch.spec, launch.tile)
-        self._templates = [argument.value for argument in launch.arguments[:-1]]
-        counter = launch.arguments[-2].value
+        self._constants = (call, launch.spec, launch.tile)
         self._counts = counter is not plan.lse
         self._out_shape, self._lse_shape = plan.out.shape, plan.lse.shape
-        self._origins = [tensor.data_ptr() for tensor in _of_arguments(inputs, plan.out, plan.lse, counter)]
+        tensors = _of_arguments(inputs, plan.out, plan.lse)
+        self._makers = [_maker(value, tensor) for value, tensor in zip(values, tensors, strict=True)]
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         q = inputs[0]
         out, lse = q.new_empty(self._out_shape), q.new_empty(self._lse_shape, dtype=torch.float32)
         counter = _new_counter(q) if self._counts else lse
-        tensors = _of_arguments(inputs, out, lse, counter)
-        values = map(_moved, self._templates, self._origins, tensors)
-        self._variant(*values, *self._constants)
+        values = [make(tensor) for make, tensor in zip(self._makers, _of_arguments(inputs, out, lse), strict=True)]
+        self._variant(*values, counter, *self._constants)
         return out, lse
 
 
-def _of_arguments(inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
-    """The tensor behind each argument of the kernel: `inputs` are q, k, v and perhaps a bias."""
+def _of_arguments(inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """The tensor behind each argument of the kernel up to lse: `inputs` are q, k, v and perhaps a bias."""
     q, k, v = inputs[:3]
-    return q, q, k, k, v, v, inputs[-1], out, out, lse, counter
+    return q, q, k, k, v, v, inputs[-1], out, out, lse
 
 
-def _moved(template: Any, origin: int, tensor: Tensor) -> Any:
-    """An argument made of one tensor, which began at `origin`, made of another of the same layout."""
-    if isinstance(template, TensorDescriptor):
-        descriptor = object.__new__(TensorDescriptor)  # its constructor checks again what was checked
-        address = _Address(tensor.data_ptr() + template.base.data_ptr() - origin)
-        descriptor.__dict__.update(template.__dict__, base=address)
+def _maker(value: Any, tensor: Tensor) -> Callable[[Tensor], Any]:
+    """What makes of another tensor of the same layout the argument that `value` is, made of `tensor`."""
+    if isinstance(value, TensorDescriptor):
+        fields = {**value.__dict__, "base": None}
+        offset = value.base.data_ptr() - tensor.data_ptr()  # of the tail
+
+        def descriptor(other: Tensor) -> Any:
+            made = object.__new__(TensorDescriptor)  # its constructor would check again what was checked
+            made.__dict__.update(fields, base=_Address(other.data_ptr() + offset))
+            return made
+
         return descriptor
-    if isinstance(template, BiasTensor):
-        return template._replace(ptr=tensor)
-    return template if template is None else tensor
+    if isinstance(value, BiasTensor):
+        strides = value[1:]
+        return lambda other: BiasTensor(other, *strides)
+    return (lambda other: None) if value is None else (lambda other: other)
 
 
 def _new_counter(like: Tensor) -> Tensor:
@@ -144,7 +161,6 @@ def plan_forward(
 ) -> ForwardPlan:  # fmt: skip
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
-    q, k, v = (_with_aligned_rows(tensor) for tensor in (q, k, v))
     out = q.new_empty(batch, seqlen_q, heads, head_dim_v)
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     lower, upper = mask.band(seqlen_q, seqlen_k)
@@ -154,8 +170,8 @@ def plan_forward(
         bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
         varies = (bias.shape[2] > 1, bias.shape[3] > 1)
         shared = all(varies) and bias.shape[0] == 1
-        if varies[1]:
-            bias = _with_aligned_rows(bias)
+        if varies[1] and not varies[0]:
+            bias = _with_aligned_rows(bias)  # a few numbers
         bias = bias.expand(batch, heads, seqlen_q, seqlen_k)
     spec = Spec(
         BLOCK_D=_split(head_dim)[0],
