@@ -14,8 +14,8 @@ from triton_attention.testing.fake_device import TARGETS, assembler_messages, co
 
 SM_90 = TARGETS["sm_90"]
 SHARED_MEMORY = 232_448  # bytes that one block may have
-# Bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9. The worst is 144 with 3.6,
-# with which a clock chose the tiles, and 296 with 3.9: three consumers under a causal mask.
+# Bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9. The worst is 144 with
+# 3.6, with which a clock chose the tiles, and 296 with 3.9: three consumers under a causal mask.
 SPILLS_ALLOWED = 320
 
 WINDOW = Mask(300, 200)
