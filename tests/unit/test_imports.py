@@ -20,6 +20,8 @@ MODULES = {
 # below it; "" is the package itself.
 ARROWS = {
     "": {"api"},
+    "__main__": {"cli"},
+    "cli": {"", "dispatch", "problem", "testing"},
     "api": {"dispatch", "problem", "reference"},
     "compat": {"api", "compat", "problem"},
     "dispatch": {"hopper.support", "ops", "portable.support", "problem", "reference"},
@@ -37,7 +39,7 @@ ARROWS = {
     "problem": set(),
     "testing": {"", "hopper", "kernel", "ops", "portable", "problem", "reference", "testing"},
 }
-MAY_IMPORT_TRITON = {"_compat", "hopper", "kernel", "portable", "testing"}
+MAY_IMPORT_TRITON = {"_compat", "cli", "hopper", "kernel", "portable", "testing"}
 
 
 def row_of(module, rows):
