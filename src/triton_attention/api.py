@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from triton_attention import dispatch, reference
-from triton_attention.problem import Inputs, Mask, Problem, check_flag
+from triton_attention.problem import Inputs, Mask, Problem, check_flag, check_tensor
 
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -202,8 +202,9 @@ def _standard_form(
     """The call as backends want it: autocast applied, a bias of rank 4, unit last strides, validated."""
     q, k, v, bias, alibi_slopes, sink = inputs
     q, k, v = _autocast(q, k, v)
-    if isinstance(bias, Tensor) and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
+    if bias is not None:
+        check_tensor("bias", bias)
+        bias = bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
     problem = Problem.from_tensors(
         Inputs(q, k, v, bias, alibi_slopes, sink),
         mask=mask,

@@ -15,6 +15,9 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+_LONGEST = 2**31  # no sequence has as many keys: a window's side of that size is unbounded
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ADDEND_DTYPES = _DTYPES[:3]  # what may be added to scores of any precision; float64 joins float64 only
 
@@ -30,20 +33,26 @@ class Mask(NamedTuple):
     top_left: bool = False
 
     @classmethod
-    def of(cls, causal: bool, window: tuple[int | None, int | None] | None, top_left: bool = False) -> Mask:
+    def of(
+        cls,
+        causal: bool,
+        window: tuple[int | None, int | None] | None,
+        top_left: bool = False,
+        name: str = "window",
+    ) -> Mask:
         """The mask of a `causal` flag and a `window` (left, right), where a side of None or -1 is unbounded.
 
-        `causal` wins over the right side of the window.
+        `causal` wins over the right side of the window. `name` is what errors call the window.
         """
         check_flag("causal", causal)
         if window is None:
             left = right = None
         else:
             if not isinstance(window, tuple):
-                raise TypeError(f"window must be None or a tuple (left, right), got {window!r}")
+                raise TypeError(f"{name} must be None or a tuple (left, right), got {window!r}")
             if len(window) != 2:
-                raise ValueError(f"window must be a tuple (left, right), got {window!r}")
-            left, right = _window_side(window, 0), _window_side(window, 1)
+                raise ValueError(f"{name} must be a tuple (left, right), got {window!r}")
+            left, right = _window_side(name, window, 0), _window_side(name, window, 1)
         return cls(left, 0 if causal else right, top_left)
 
     def diagonal(self, seqlen_q: int, seqlen_k: int) -> int:
@@ -195,31 +204,32 @@ def check_flag(name: str, value: object) -> None:
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    _check_tensor("q", q)
+    check_tensor("q", q)
     _check_dtype("q", q, _DTYPES)
     _check_shape("q", q, batch=None, seqlen_q=None, heads_q=None, head_dim=None)
     batch, _, heads_q, head_dim = q.shape
     _check_head_dim("q", head_dim)
 
-    _check_tensor("k", k)
+    check_tensor("k", k)
     _check_like_q("k", k, q)
     _check_shape("k", k, batch=batch, seqlen_k=None, heads_kv=None, head_dim=head_dim)
     _, seqlen_k, heads_kv, _ = k.shape
     _check_heads(heads_q, heads_kv)
 
-    _check_tensor("v", v)
+    check_tensor("v", v)
     _check_like_q("v", v, q)
     _check_shape("v", v, batch=batch, seqlen_k=seqlen_k, heads_kv=heads_kv, head_dim_v=None)
     _check_head_dim("v", v.shape[3])
 
 
 def _check_extra(name: str, tensor: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     _check_dtype(name, tensor, dtypes)
     _check_device(name, tensor, q)
 
 
-def _check_tensor(name: str, tensor: object) -> None:
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise an error that names the argument unless it is a dense strided tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -281,23 +291,30 @@ def _check_head_dim(name: str, head_dim: int) -> None:
 
 
 def _number(name: str, value: float, low: float = -math.inf, below: float = math.inf) -> float:
-    """A finite number, low <= value < below."""
+    """A number that float32 holds, low <= value < below."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (low <= value < below and value > -math.inf):
-        raise ValueError(f"{name} must be {'finite' if low == -math.inf else f'in [{low:g}, {below:g})'}, got {value}")
+    if low > -math.inf and not low <= value < below:
+        raise ValueError(f"{name} must be in [{low:g}, {below:g}), got {_shown(value)}")
+    if not abs(value) <= _LARGEST_FLOAT32:  # kernels compute with it in float32
+        finite = "finite in float32" if abs(value) < math.inf else "finite"
+        raise ValueError(f"{name} must be {finite}, got {_shown(value)}")
     return float(value)
 
 
-def _window_side(window: tuple[int | None, int | None], side: int) -> int | None:
+def _shown(value: float) -> str:
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**64 else str(value)
+
+
+def _window_side(name: str, window: tuple[int | None, int | None], side: int) -> int | None:
     value = window[side]
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"window must hold integers or None, got {window!r}")
+        raise TypeError(f"{name} must hold integers or None, got {window!r}")
     if value < -1:
-        raise ValueError(f"window must have sides of at least 0, or -1 or None for unbounded, got {window!r}")
-    return None if value == -1 else value
+        raise ValueError(f"{name} must have sides of at least 0, or -1 or None for unbounded, got {window!r}")
+    return None if value == -1 or value >= _LONGEST else value
 
 
 def _named(axes: Mapping[str, int | None]) -> str:

@@ -1,6 +1,7 @@
 """What does a bad call get? One row per requirement, with the exact message; and what does a good one become?"""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -216,6 +217,8 @@ def test_any_input_may_need_a_gradient(name):
 @pytest.mark.parametrize(
     ("causal", "window", "expected"),
     [
+        (False, (2**31, sys.maxsize), (None, None)),  # as many keys as no sequence has
+        (False, (10**30, 2**31 - 1), (None, 2**31 - 1)),
         (False, None, (None, None)),
         (False, (-1, -1), (None, None)),
         (False, (None, None), (None, None)),

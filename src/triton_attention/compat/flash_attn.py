@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from triton_attention.api import run
-from triton_attention.problem import Inputs, Mask, check_flag
+from triton_attention.problem import Inputs, Mask, check_flag, check_tensor
 
 
 def flash_attn_func(
@@ -52,7 +52,7 @@ def flash_attn_func(
     check_flag("return_attn_probs", return_attn_probs)
     out, lse = run(
         Inputs(q, k, v, bias, alibi_slopes),
-        mask=Mask.of(causal, window_size),
+        mask=Mask.of(causal, window_size, name="window_size"),
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
@@ -221,8 +221,7 @@ def flash_attn_with_kvcache(
 
 def unpack(name: str, packed: Tensor, count: int) -> tuple[Tensor, ...]:
     """The `count` tensors stacked along axis 2 of `packed`, as views, whose gradient is stacked at once."""
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
+    check_tensor(name, packed)
     if packed.dim() != 5 or packed.shape[2] != count:
         raise ValueError(f"{name} must be (batch, seqlen, {count}, heads, head_dim), got {tuple(packed.shape)}")
     return packed.unbind(2)

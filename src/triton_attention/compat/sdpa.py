@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from triton_attention.api import run
-from triton_attention.problem import Inputs, Mask, check_flag
+from triton_attention.problem import Inputs, Mask, check_flag, check_tensor
 
 
 def scaled_dot_product_attention(
@@ -57,8 +57,7 @@ def scaled_dot_product_attention(
 
 def _transposed(name: str, tensor: Tensor) -> Tensor:
     """A (batch, heads, seqlen, head_dim) tensor as (batch, seqlen, heads, head_dim)."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be (batch, heads, seqlen, head_dim), got {tuple(tensor.shape)}")
     return tensor.transpose(1, 2)
