@@ -152,7 +152,11 @@ _VECTOR_ROWS = {
 # float16 and bfloat16 element by element, everywhere: an odd head dimension, or strides that are. Right, not fast.
 _ELEMENT_ROWS = {
     "attention_fwd": _tiles((64, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
-    "attention_bwd_dkdv": _tiles((64, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
+    "attention_bwd_dkdv": [
+        Row(64, Tile(32, 32, 4, 1)),
+        *(Row(256, Tile(32, 32, 8, 1), family=family) for family in ("sm_80", "sm_86", "sm_90", "sm_100")),
+        Row(256, Tile(16, 32, 8, 1), family="gfx942"),  # 32 queries spill 2,152 bytes
+    ],
     "attention_bwd_dq": _tiles((64, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
     "attention_bwd_dbias": _tiles((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 8, 1)), (256, Tile(16, 16, 4, 1))),
 }
