@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_attention.problem import has_aligned_strides
+
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
 
 
@@ -38,12 +40,7 @@ def with_unit_last_stride(tensor: Tensor) -> Tensor:
 def has_aligned_rows(tensor: Tensor) -> bool:
     """Whether every row of a tensor of four axes starts at a multiple of 16 bytes, as wide loads and tensor descriptors
     want it."""
-    size = tensor.element_size()
-    return (
-        tensor.data_ptr() % 16 == 0
-        and (tensor.stride(3) == 1 or tensor.shape[3] == 1)
-        and all(stride * size % 16 == 0 and stride * size < 2**40 for stride in descriptor_strides(tensor)[:3])
-    )
+    return tensor.data_ptr() % 16 == 0 and has_aligned_strides(tensor)
 
 
 def descriptor_strides(tensor: Tensor) -> list[int]:

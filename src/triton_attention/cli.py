@@ -103,7 +103,9 @@ def bench(arguments: list[str]) -> int:
         sys.path.insert(0, os.getcwd())  # as for python -m, which an installed script is not
     try:
         benchmarks = import_module("benchmarks.__main__")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", "benchmarks.__main__"):
+            raise  # they are here, and something that they need is not
         print(
             "triton-attention bench: the benchmarks are a folder of the repository that is not installed with the "
             "package; run this command in the repository's root",

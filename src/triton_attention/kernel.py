@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
@@ -29,6 +30,14 @@ class Launch(NamedTuple):
     arguments: tuple[Argument, ...]
     spec: Any
     tile: Any
+
+
+class ForwardPlan(NamedTuple):
+    """The outputs of a forward pass, and the launch that fills them."""
+
+    out: Tensor
+    lse: Tensor
+    launch: Launch
 
 
 def jit_plain(function: Any) -> Any:

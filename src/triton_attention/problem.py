@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+_DESCRIPTOR_REACH = 2**40  # bytes that a stride of a tensor descriptor stays below
 _LONGEST = 2**31  # no sequence has as many keys: a window's side of that size is unbounded
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,6 +66,14 @@ class Mask(NamedTuple):
         lower = None if self.left is None else diagonal - self.left
         upper = None if self.right is None else diagonal + self.right
         return lower, upper
+
+    def bounds(self, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+        """The band as numbers for kernels, 0 where it is unbounded.
+
+        j - i lies between -seqlen_q and seqlen_k: a wider band says no more, and might not fit 32 bits.
+        """
+        lower, upper = self.band(seqlen_q, seqlen_k)
+        return min(max(lower or 0, -seqlen_q), seqlen_k), min(max(upper or 0, -seqlen_q), seqlen_k)
 
 
 class Bias(NamedTuple):
@@ -170,7 +179,7 @@ class Problem(NamedTuple):
             dropout_p=_number("dropout_p", dropout_p, low=0.0, below=1.0),
             deterministic=deterministic,
             needs_grad=any(_needs_grad(tensor) for tensor in inputs),
-            aligned=torch.compiler.is_compiling() or _are_aligned(q, k, v, bias),
+            aligned=torch.compiler.is_compiling() or all(map(_starts_aligned, read_by_rows(q, k, v, bias))),
         )
 
 
@@ -178,23 +187,30 @@ def _needs_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _are_aligned(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    if bias is not None and bias.shape[2] > 1 and bias.shape[3] > 1 and not _has_aligned_rows(bias):
-        return False
-    return _has_aligned_rows(q) and _has_aligned_rows(k) and _has_aligned_rows(v)
+def read_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """What kernels read as matrices: q, k, v, and a bias that varies along queries and keys."""
+    return (q, k, v) if bias is None or bias.shape[2] == 1 or bias.shape[3] == 1 else (q, k, v, bias)
 
 
-def _has_aligned_rows(tensor: Tensor) -> bool:
-    """Written out, since every eager call asks. The stride of an axis of size 1 leads nowhere."""
-    multiple = 16 // tensor.element_size()
+def has_aligned_strides(tensor: Tensor) -> bool:
+    """Whether every row of a tensor of four axes starts at a multiple of 16 bytes if the first one does.
+
+    Written out, since every eager call asks. The stride of an axis of size 1 leads nowhere.
+    """
+    size = tensor.element_size()
+    multiple, limit = 16 // size, _DESCRIPTOR_REACH // size
     shape, strides = tensor.shape, tensor.stride()
     return (
-        tensor.storage_offset() % multiple == 0
-        and (strides[0] % multiple == 0 or shape[0] == 1)
-        and (strides[1] % multiple == 0 or shape[1] == 1)
-        and (strides[2] % multiple == 0 or shape[2] == 1)
+        ((strides[0] % multiple == 0 and strides[0] < limit) or shape[0] == 1)
+        and ((strides[1] % multiple == 0 and strides[1] < limit) or shape[1] == 1)
+        and ((strides[2] % multiple == 0 and strides[2] < limit) or shape[2] == 1)
         and (strides[3] == 1 or shape[3] == 1)
     )
+
+
+def _starts_aligned(tensor: Tensor) -> bool:
+    """Storages start at multiples of 16 bytes; asked of the offset, since a fake tensor has no address."""
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0 and has_aligned_strides(tensor)
 
 
 def check_flag(name: str, value: object) -> None:

@@ -32,7 +32,7 @@ ARROWS = {
     "portable": {"arguments", "blocks", "kernel", "portable", "problem"},
     "kernel": {"arguments"},
     "_compat": set(),
-    "arguments": set(),
+    "arguments": {"problem"},
     "blocks": set(),
     "reference": {"philox", "problem"},
     "philox": set(),

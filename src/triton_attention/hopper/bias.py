@@ -1,7 +1,7 @@
 """How does a bias or mask reach the scores of a tile?
 
-One that varies along queries and keys arrives tile by tile through a channel. One that varies along the queries only,
-or not within a matrix, is read once a tile of queries; one that varies along the keys only, once a block of keys.
+One that varies along the keys arrives through a channel, block by block of keys: a tile for each consumer, or a row of
+numbers for all where it does not vary along the queries. Any other is read once a tile of queries.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from triton_attention.hopper.layouts import WARPGROUP_ROWS, rows_layout
-from triton_attention.hopper.softmax import INFINITY
+from triton_attention.hopper.channel import release, tile_of, wait_full
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
+from triton_attention.hopper.softmax import INFINITY, LOG2_E
 
 
 class BiasTensor(NamedTuple):
@@ -37,10 +38,36 @@ def load_row_bias(bias, batch, head, start_m, call, SPEC: gl.constexpr, TILE: gl
 
 
 @gluon.jit
-def add_bias(scores, values, call, SPEC: gl.constexpr):
-    """The scores with the scale and the bias, `values` of which broadcast to them."""
+def load_bias(channel, row_bias, step, kept_step, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """The bias of a block of scores, in a shape that broadcasts to them."""
+    if SPEC.BIAS == "none":
+        values = 0
+    elif SPEC.BIAS_COLS:
+        bias_step = kept_step if TILE.BIAS_STAYS else step
+        wait_full(channel, bias_step)
+        if SPEC.BIAS_ROWS:
+            tile = tile_of(channel.tiles, channel, bias_step, INDEX)
+            values = tile.load(accumulator_layout(TILE.BLOCK_N))
+        else:
+            tile = tile_of(channel.tiles, channel, bias_step, 0)
+            values = tile.reshape([TILE.BLOCK_N]).load(columns_layout(TILE.BLOCK_N))[None, :]
+        if not TILE.BIAS_STAYS:
+            release(channel, bias_step)
+    else:
+        values = row_bias[:, None]
+    return values
+
+
+@gluon.jit
+def scale_scores(scores, values, call, SPEC: gl.constexpr):
+    """(scores, scale): the scores of a block from its q k^T and bias, which times `scale` > 0 are in units of log 2."""
+    scale = LOG2_E
     if SPEC.BIAS == "mask":
         scores = gl.where(values != 0, scores * call.scale, -INFINITY)
-    else:
+    elif SPEC.BIAS == "added":
         scores = scores * call.scale + values.to(gl.float32)
-    return scores
+    elif SPEC.RAW_SCORES:
+        scale = call.scale
+    else:
+        scores = scores * call.scale
+    return scores, scale

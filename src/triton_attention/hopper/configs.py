@@ -8,7 +8,7 @@ sequences there are two rows, so that a problem has two variants at most, whatev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -27,6 +27,7 @@ class Spec:
     BIAS_COLS: bool  # it varies along the keys
     BIAS_SHARED: bool  # it varies along both, and the batch shares it
     RAW_SCORES: bool  # nothing is added to q k^T and softmax_scale > 0: the scale folds into the exponent
+    UNEVEN: bool  # tiles differ in length, so that programs take them as they come: under a causal mask
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ def tile(
     return Tile(consumers, block_n, stages, q_stages, bias_stages, bias_stays, skips, *_REGISTERS[consumers])
 
 
-def is_uneven(spec: Spec, chosen: Tile) -> bool:
-    """Whether tiles differ in length, so that programs take them as they come: under a causal mask."""
-    return spec.HAS_UPPER and not spec.HAS_LOWER and not chosen.BIAS_STAYS
-
-
 class Row(NamedTuple):
     """A tile and what it is for; None matches anything, and the first row that matches is taken."""
 
@@ -83,9 +79,9 @@ ROWS = (
     Row(64, tile(4, 64, 4, skips=True), bias_size=0),  # causal, s 1k, 4k, 16k: 323, 453, 434; 3 x 128: 252, 442, 503
     Row(128, tile(2, 128, 2), bias_size=0),  # s 1k, 4k, 16k: 592, 687, 656; causal 392, 600, 618
     Row(160, tile(2, 64, 3, q_stages=1), bias_size=0),  # s 2000, causal: 421; 2 stages, and 2 of queries: 414
-    Row(192, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 2000, causal: 432
+    Row(192, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 2000, b 4, causal: 428
     Row(256, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 1k, 4k, 16k: 597, 732, 707; causal 409, 611, 673
-    # pair bias, d 32, h 4, n rows of n, n 256, 384, 512: 134, 158, 173; streamed through 4 x 64: 123, 128, 186
+    # pair bias, d 32, h 4, n rows of n, n 256, 384, 512: 134, 158, 173 (with 8 stages of bias); 4 x 64: 126, 128, 186
     Row(
         32,
         tile(2, 64, 4, bias_stages=7, bias_stays=True),
@@ -109,7 +105,7 @@ ROWS = (
 )
 
 
-@cache
+@lru_cache(1024)  # lengths are many
 def tile_for(spec: Spec, bias_size: int, seqlen_k: int) -> Tile:
     """The tile of the first row that matches; `bias_size` is that of one number of the bias, 0 without one."""
     head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)

@@ -20,17 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_global
-from triton_attention.hopper.bias import add_bias, load_row_bias
+from triton_attention.hopper.bias import load_bias, load_row_bias, scale_scores
 from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
     accumulator_layout,
-    columns_layout,
     operand_layout,
     rows_layout,
 )
 from triton_attention.hopper.schedule import announce, hear, new_ticker, next_tile, tile_range
-from triton_attention.hopper.softmax import LOG2_E, finish, mask_scores, new_rows, weigh
+from triton_attention.hopper.softmax import finish, mask_scores, new_rows, weigh
 
 PRODUCER_REGISTERS = gl.constexpr(24)  # of a thread: it holds addresses alone
 
@@ -192,41 +191,6 @@ def scaled(output, factor, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def load_bias(channels, row_bias, step, kept_step, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
-    """The bias of a block of scores, in a shape that broadcasts to them."""
-    if SPEC.BIAS == "none":
-        values = 0
-    elif SPEC.BIAS_COLS:
-        bias_step = kept_step if TILE.BIAS_STAYS else step
-        wait_full(channels.bias, bias_step)
-        if SPEC.BIAS_ROWS:
-            tile = tile_of(channels.bias.tiles, channels.bias, bias_step, INDEX)
-            values = tile.load(accumulator_layout(TILE.BLOCK_N))
-        else:
-            tile = tile_of(channels.bias.tiles, channels.bias, bias_step, 0)
-            values = tile.reshape([TILE.BLOCK_N]).load(columns_layout(TILE.BLOCK_N))[None, :]
-        if not TILE.BIAS_STAYS:
-            release(channels.bias, bias_step)
-    else:
-        values = row_bias[:, None]
-    return values
-
-
-@gluon.jit
-def scale_scores(scores, values, call, SPEC: gl.constexpr):
-    """(scores, scale): the scores of a block from its q k^T, which times `scale` > 0 are in units of log 2."""
-    if SPEC.BIAS != "none":
-        scores = add_bias(scores, values, call, SPEC)
-        scale = LOG2_E
-    elif SPEC.RAW_SCORES:
-        scale = call.scale
-    else:
-        scores = scores * call.scale
-        scale = LOG2_E
-    return scores, scale
-
-
-@gluon.jit
 def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
     """Write 64 rows of out and lse; the copies of out are under way at return."""
     factor, lse_rows = finish(rows)
@@ -261,7 +225,7 @@ def visit(
     wait_full(channels.k, step)
     scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
     output = multiply_values(channels, operand, output, step - 1, SPEC)
-    values = load_bias(channels, row_bias, step, kept_step, SPEC, TILE, INDEX)
+    values = load_bias(channels.bias, row_bias, step, kept_step, SPEC, TILE, INDEX)
     scores = warpgroup_mma_wait(2 if SPEC.TAIL_DV > 0 else 1, deps=[scores])
     release(channels.k, step)
     scores, scale = scale_scores(scores, values, call, SPEC)
@@ -310,7 +274,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         output = multiply_values(channels, operand, output, pending, SPEC)
         row_bias = load_row_bias(operands.bias, work.batch, work.head, work.start_m, call, SPEC, TILE)
         n = work.last - 1
-        values = load_bias(channels, row_bias, step, bias_step + work.tile_last - 1 - n, SPEC, TILE, INDEX)
+        values = load_bias(channels.bias, row_bias, step, bias_step + work.tile_last - 1 - n, SPEC, TILE, INDEX)
         output = wait_values(output, SPEC)
         scores = warpgroup_mma_wait(0, deps=[scores])
         release(channels.k, step)

@@ -28,11 +28,12 @@ from triton_attention.arguments import (
     pointer_type,
 )
 from triton_attention.hopper.bias import BiasTensor
-from triton_attention.hopper.configs import Spec, Tile, is_uneven, tile_for
+from triton_attention.hopper.configs import Spec, tile_for
 from triton_attention.hopper.forward import attention_fwd
+from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.schedule import Call
-from triton_attention.kernel import Launch, run, variant
-from triton_attention.problem import Mask
+from triton_attention.kernel import ForwardPlan, Launch, run, variant
+from triton_attention.problem import Mask, read_by_rows
 
 _GLUON_DTYPES = {
     torch.float16: gl.float16,
@@ -41,19 +42,11 @@ _GLUON_DTYPES = {
     torch.uint8: gl.uint8,
 }
 _LOG2_E = math.log2(math.e)
-_ROWS = 64  # of one consumer
+_ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
 _MAX_RECIPES = 4096  # layouts that are remembered
 
 _recipes: dict[object, _Recipe] = {}
-
-
-class ForwardPlan(NamedTuple):
-    """The outputs, and the launch that fills them."""
-
-    out: Tensor
-    lse: Tensor
-    launch: Launch
 
 
 def forward(
@@ -72,7 +65,7 @@ def forward(
     with device_of(q):
         recipe = _recipes.get(key)
         if recipe is None:
-            if not _are_aligned(q, k, v, bias):
+            if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
                 return None
             plan = plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(q.device))
             run(plan.launch)
@@ -82,13 +75,6 @@ def forward(
                 _recipes[key] = _Recipe(plan, tensors)
             return plan.out, plan.lse
         return recipe.run(tensors)
-
-
-def _are_aligned(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    matrices = [q, k, v]
-    if bias is not None and bias.shape[2] > 1 and bias.shape[3] > 1:
-        matrices.append(bias)
-    return all(has_aligned_rows(tensor) for tensor in matrices)
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -156,14 +142,12 @@ def _new_counter(like: Tensor) -> Tensor:
 
 
 def plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, num_sms: int,
-    tile: Tile | None = None,
-) -> ForwardPlan:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, num_sms: int
+) -> ForwardPlan:
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
     out = q.new_empty(batch, seqlen_q, heads, head_dim_v)
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
-    lower, upper = mask.band(seqlen_q, seqlen_k)
     varies = (False, False)
     shared = False
     if bias is not None:
@@ -178,22 +162,21 @@ def plan_forward(
         BLOCK_DV=_split(head_dim_v)[0],
         TAIL_D=_split(head_dim)[1],
         TAIL_DV=_split(head_dim_v)[1],
-        HAS_LOWER=lower is not None,
-        HAS_UPPER=upper is not None,
+        HAS_LOWER=mask.left is not None,
+        HAS_UPPER=mask.right is not None,
         BIAS="none" if bias is None else "mask" if bias.dtype == torch.uint8 else "added",
         BIAS_ROWS=varies[0],
         BIAS_COLS=varies[1],
         BIAS_SHARED=shared,
         RAW_SCORES=bias is None and softmax_scale > 0.0,
+        UNEVEN=mask.left is None and mask.right is not None,
     )
-    tile = tile or tile_for(spec, 0 if bias is None else bias.element_size(), seqlen_k)
+    tile = tile_for(spec, 0 if bias is None else bias.element_size(), seqlen_k)
     group = heads // heads_kv
-    # j - i lies between -seqlen_q and seqlen_k: a wider band says no more, and might not fit 32 bits.
-    lower, upper = (min(max(bound or 0, -seqlen_q), seqlen_k) for bound in (lower, upper))
     num_tiles = ceil_div(seqlen_q, tile.CONSUMERS * _ROWS) * heads * batch
     call = Call(
-        seqlen_q, seqlen_k, heads, group, batch, _section(spec, batch, heads, group, seqlen_k), lower, upper,
-        softmax_scale * _LOG2_E if spec.RAW_SCORES else softmax_scale,
+        seqlen_q, seqlen_k, heads, group, batch, _section(spec, batch, heads, group, seqlen_k),
+        *mask.bounds(seqlen_q, seqlen_k), softmax_scale * _LOG2_E if spec.RAW_SCORES else softmax_scale,
     )  # fmt: skip
     if bias is None:
         bias_argument = ABSENT
@@ -202,7 +185,7 @@ def plan_forward(
     else:
         bias_argument = _bias(bias)
     programs = min(num_sms, num_tiles)
-    counter = _new_counter(q) if is_uneven(spec, tile) and num_tiles > programs else lse
+    counter = _new_counter(q) if spec.UNEVEN and num_tiles > programs else lse
     arguments = (
         *_descriptors(q, _ROWS, spec.BLOCK_D, spec.TAIL_D),
         *_descriptors(k, tile.BLOCK_N, spec.BLOCK_D, spec.TAIL_D),

@@ -75,7 +75,7 @@ def next_tile(tile, end, counter, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The number of this program's tile after `tile`."""
     if TILE.BIAS_STAYS:
         tile += 1
-    elif SPEC.HAS_UPPER and not SPEC.HAS_LOWER:
+    elif SPEC.UNEVEN:
         tile = end
         if end > gl.num_programs(0):
             tile = gl.num_programs(0) + gl.atomic_add(counter, 1)

@@ -29,7 +29,7 @@ from triton_attention.arguments import (
     pointer_type,
     with_unit_last_stride,
 )
-from triton_attention.kernel import Launch, run
+from triton_attention.kernel import ForwardPlan, Launch, run
 from triton_attention.portable import backward as bwd
 from triton_attention.portable import forward as fwd
 from triton_attention.portable.bias import BiasTensor
@@ -72,14 +72,6 @@ def backward(
         if plan.dbias is None or bias is None:
             return plan.dq, plan.dk, plan.dv, None
         return plan.dq, plan.dk, plan.dv, plan.dbias.sum_to_size(bias.shape).to(bias.dtype)
-
-
-class ForwardPlan(NamedTuple):
-    """The outputs, and the launch that fills them."""
-
-    out: Tensor
-    lse: Tensor
-    launch: Launch
 
 
 class BackwardPlan(NamedTuple):
@@ -179,12 +171,10 @@ class _Planner:
             self.bias = bias.expand(batch, heads, seqlen_q, seqlen_k)  # stride 0 along an axis that is broadcast
         self.bias_is_mask = bias is not None and bias.dtype == torch.uint8
         self.access = _access([x for x in (self.q, self.k, self.v, dout) if x is not None], settings.family)
-        lower, upper = settings.mask.band(seqlen_q, seqlen_k)
-        self.banded = (lower is not None, upper is not None)
-        # j - i lies between -seqlen_q and seqlen_k: a wider band says no more, and might not fit 32 bits.
-        lower, upper = (min(max(bound or 0, -seqlen_q), seqlen_k) for bound in (lower, upper))
+        self.banded = (settings.mask.left is not None, settings.mask.right is not None)
+        bounds = settings.mask.bounds(seqlen_q, seqlen_k)
         scale = settings.softmax_scale
-        numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, lower, upper, scale, scale * _LOG2_E)
+        numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, *bounds, scale, scale * _LOG2_E)
         self.call = Argument(numbers, _CALL_TYPES)
 
     def variant(self, kernel: str, dbias: str = "none") -> tuple[Spec, Tile]:
