@@ -43,7 +43,7 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
     return result
 
 
-_STAND_IN = {"hopper": "portable"}  # which backend runs what another one leaves: its backward pass, and odd layouts
+_STAND_IN = {"hopper": "portable"}  # which backend runs what another's launcher leaves: see what it returns None for
 
 
 def _launcher(backend: str) -> ModuleType:
@@ -72,10 +72,11 @@ def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
     needs_dbias: bool, softmax_scale: float, left: int | None, right: int | None, top_left: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    mask = Mask(left, right, top_left)
-    dq, dk, dv, dbias = _launcher(_STAND_IN.get(backend, backend)).backward(
-        dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias
-    )
+    call = (dout, dlse, q, k, v, bias, out, lse, Mask(left, right, top_left), softmax_scale, needs_dbias)
+    result: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = _launcher(backend).backward(*call)
+    if result is None:
+        result = _launcher(_STAND_IN[backend]).backward(*call)
+    dq, dk, dv, dbias = result
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from triton_attention.hopper import support
-from triton_attention.hopper.configs import ROWS
+from triton_attention.hopper.configs import BACKWARD_ROWS, ROWS
 from triton_attention.problem import Mask
 from triton_attention.testing import CASES, Case, make_inputs
 from triton_attention.testing.cases import CAUSAL, FULL
@@ -39,6 +39,8 @@ LARGER = (
     *(larger(head_dim, CAUSAL, "1hqk", torch.float32) for head_dim in (128, 256)),
     larger(256, WINDOW, "1hqk", torch.bool),
     *(larger(head_dim, CAUSAL, "b11k") for head_dim in (64, 256)),
+    *(larger(head_dim, CAUSAL, "bhqk") for head_dim in (32, 64, 128)),
+    larger(64, CAUSAL, "1hqk", torch.float32),
 )
 
 
@@ -49,28 +51,31 @@ def runs_on_hopper(case):
 
 
 def different_variants():
-    """The larger cases and the common ones, but one of those that differ in the dtype of q, k and v alone."""
-    cases = {}
+    """The launches of the larger cases and the common ones, but one of those that differ in the dtype of q alone."""
+    variants = {}
     for case in filter(runs_on_hopper, (*LARGER, *CASES)):
-        (launch,) = launches(case, SM_90, "hopper")
         bias_size = None if case.bias is None else (case.bias_dtype or case.dtype).itemsize
-        cases.setdefault((launch.kernel, launch.spec, launch.tile, bias_size), case)
-    return list(cases.values())
+        for launch in launches(case, SM_90, "hopper"):
+            key = (launch.kernel, launch.spec, launch.tile, bias_size)
+            variants.setdefault(key, (f"{launch.kernel.__name__}-{case}", launch))
+    return [pytest.param(launch, id=name) for name, launch in variants.values()]
+
+
+VARIANTS = different_variants()
 
 
 def test_larger_cases_run_on_hopper():
     assert all(map(runs_on_hopper, LARGER))
 
 
-@pytest.mark.parametrize("case", different_variants(), ids=str)
-def test_variant_compiles(case):
-    (launch,) = launches(case, SM_90, "hopper")
+@pytest.mark.parametrize("launch", VARIANTS)
+def test_variant_compiles(launch):
     resources = compile_for(launch, SM_90)
     assert resources.shared_memory <= SHARED_MEMORY, resources
     assert resources.spills <= SPILLS_ALLOWED, resources
     assert "wgmma" not in assembler_messages(launch, SM_90)  # "... instructions are serialized due to ..."
 
 
-def test_every_row_of_the_table_is_compiled():
-    taken = {launches(case, SM_90, "hopper")[0].tile for case in different_variants()}
-    assert taken == {row.tile for row in ROWS}
+def test_every_row_of_the_tables_is_compiled():
+    taken = {variant.values[0].tile for variant in VARIANTS}
+    assert {row.tile for row in (*ROWS, *BACKWARD_ROWS)} <= taken

@@ -57,13 +57,20 @@ def bytes_of(descriptor):
 
 
 @gluon.jit
+def wait_empty(channel, step):
+    """Producer: wait until every reader is done with what was in the slot of a step."""
+    SLOTS: gl.constexpr = channel.empty.shape[0]
+    mbarrier.wait(channel.empty.index(step % SLOTS), (step // SLOTS & 1) ^ 1)
+
+
+@gluon.jit
 def send(channel, descriptor, tail, step, batch, head, row, column, PARTS: gl.constexpr):
     """Producer: copy PARTS tiles, one below the other from (row, column), into the slot of a step."""
     SLOTS: gl.constexpr = channel.full.shape[0]
     ROWS: gl.constexpr = descriptor.block_type.shape[2]
     BYTES: gl.constexpr = PARTS * (bytes_of(descriptor) + bytes_of(tail))
     slot = step % SLOTS
-    mbarrier.wait(channel.empty.index(slot), (step // SLOTS & 1) ^ 1)
+    wait_empty(channel, step)
     full = channel.full.index(slot)
     mbarrier.expect(full, BYTES)
     for part in gl.static_range(PARTS):

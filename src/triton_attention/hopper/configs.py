@@ -122,3 +122,92 @@ def tile_for(spec: Spec, bias_size: int, seqlen_k: int) -> Tile:
         ):
             return row.tile
     raise LookupError(f"no tile for {spec} with a bias of {bias_size} bytes a number and {seqlen_k} keys")
+
+
+@dataclass(frozen=True)
+class BackwardSpec:
+    """What a backward kernel computes."""
+
+    BLOCK_D: int  # the head dimensions, padded to powers of two
+    BLOCK_DV: int
+    HAS_LOWER: bool
+    HAS_UPPER: bool
+    BIAS: str = "none"  # or "added" or "mask": one that varies along the keys
+    BIAS_ROWS: bool = False  # it varies along the queries too
+    DBIAS: str = "none"  # or "keys": one number a key; or "tile": of a bias that nothing shares
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """How the kernel for dq, dk and dv computes it."""
+
+    CONSUMERS: int  # warpgroups of 64 keys
+    STAGES: int  # blocks of queries in shared memory
+    DSCORES_STAGES: int  # and of dS
+    REGISTERS: int  # of a consumer's thread
+    ASSISTANT_REGISTERS: int
+    maxnreg: int  # of any thread before these are given out
+    BLOCK_M: int = 64  # queries
+    num_warps: int = 4  # of a consumer
+
+
+@dataclass(frozen=True)
+class RowsSpec:
+    """What the passes over queries before and after it read and write."""
+
+    HEAD_DIM: int
+    HEAD_DIM_V: int
+    BLOCK_D: int
+    BLOCK_DV: int
+
+
+@dataclass(frozen=True)
+class RowsTile:
+    """How they do it."""
+
+    BLOCK_M: int  # that of the backward kernel
+    DQ_COLUMNS: int  # of a piece of dq: see `backward.assist`
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class BiasGradientTile:
+    """How the kernel for the gradient of a shared bias computes it."""
+
+    STAGES: int  # in shared memory, of 64 columns of q, k, v and dout
+    CHUNKS: int  # of 64 columns a head dimension
+    ROW_PADDING: int  # the numbers of the queries are padded to a multiple of this
+    maxnreg: int = 168
+    num_warps: int = 4
+
+
+class BackwardRow(NamedTuple):
+    """A tile and what it is for; the first row that matches is taken."""
+
+    head_dim: int  # the larger head dimension, padded, is at most this
+    bias_size: int  # bytes of a number of a bias that varies along queries and keys are at most this; 0 = no such bias
+    tile: BackwardTile
+
+
+BACKWARD_ROWS = (
+    BackwardRow(64, 0, BackwardTile(3, 2, 2, 144, 80, 128)),
+    BackwardRow(32, 2, BackwardTile(2, 2, 2, 208, 88, 168)),
+    BackwardRow(64, 2, BackwardTile(3, 2, 1, 144, 80, 128)),
+    BackwardRow(64, 4, BackwardTile(2, 2, 1, 208, 88, 168)),
+    BackwardRow(128, 0, BackwardTile(2, 2, 1, 216, 72, 168)),
+    BackwardRow(128, 2, BackwardTile(2, 2, 1, 216, 72, 168)),
+    BackwardRow(128, 4, BackwardTile(2, 1, 1, 216, 72, 168)),
+)
+
+
+def backward_tile_for(spec: BackwardSpec, bias_size: int) -> BackwardTile:
+    """The tile of the first row that matches; `bias_size` is that of one number of the bias, 0 without one."""
+    head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
+    size = bias_size if spec.BIAS_ROWS else 0
+    return next(row.tile for row in BACKWARD_ROWS if head_dim <= row.head_dim and size <= row.bias_size)
+
+
+def bias_gradient_tile(head_dim: int, bias_size: int, row_padding: int) -> BiasGradientTile:
+    """The tile for the larger head dimension; as many stages as shared memory holds."""
+    chunks = -(-head_dim // 64)
+    return BiasGradientTile(4 if head_dim <= 32 else 3 if bias_size <= 2 else 2, chunks, row_padding)

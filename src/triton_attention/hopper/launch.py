@@ -13,34 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triton_attention.arguments import (
-    ABSENT,
-    DTYPES,
-    Argument,
-    ceil_div,
-    descriptor_strides,
-    device_of,
-    flat,
-    has_aligned_rows,
-    pointer_type,
-)
+from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows
 from triton_attention.hopper.bias import BiasTensor
 from triton_attention.hopper.configs import Spec, tile_for
 from triton_attention.hopper.forward import attention_fwd
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
+from triton_attention.hopper.operands import bias_tensor, descriptor, row_descriptors, with_aligned_rows
+from triton_attention.hopper.plan_backward import DIFFERENTIABLE_HEAD_DIM, plan_backward
 from triton_attention.hopper.schedule import Call
 from triton_attention.kernel import ForwardPlan, Launch, run, variant
 from triton_attention.problem import Mask, read_by_rows
 
-_GLUON_DTYPES = {
-    torch.float16: gl.float16,
-    torch.bfloat16: gl.bfloat16,
-    torch.float32: gl.float32,
-    torch.uint8: gl.uint8,
-}
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
@@ -75,6 +60,34 @@ def forward(
                 _recipes[key] = _Recipe(plan, tensors)
             return plan.out, plan.lse
         return recipe.run(tensors)
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    mask: Mask, softmax_scale: float, needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """(dq, dk, dv, dbias), each in the shape and dtype of its tensor; dbias is None unless it is needed.
+
+    None where head dimensions are above those of the kernel, where rows are not aligned, and where PyTorch asks for
+    deterministic algorithms: what is added up to dq is added in no fixed order.
+    """
+    aligned = all(map(has_aligned_rows, read_by_rows(q, k, v, bias)))
+    if not aligned or not differentiates(q, v) or _must_be_deterministic():
+        return None
+    with device_of(q):
+        plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias, _num_sms(q.device))
+        for launch in plan.launches:
+            run(launch)
+        return plan.dq, plan.dk, plan.dv, plan.finish_dbias()
+
+
+def _must_be_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def differentiates(q: Tensor, v: Tensor) -> bool:
+    """Whether the head dimensions are among those of the backward kernel, which holds dk and dv in registers."""
+    return max(q.shape[3], v.shape[3]) <= DIFFERENTIABLE_HEAD_DIM
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -124,12 +137,12 @@ def _maker(value: Any, tensor: Tensor) -> Callable[[Tensor], Any]:
         fields = {**value.__dict__, "base": None}
         offset = value.base.data_ptr() - tensor.data_ptr()  # of the tail
 
-        def descriptor(other: Tensor) -> Any:
+        def moved(other: Tensor) -> Any:
             made = object.__new__(TensorDescriptor)  # its constructor would check again what was checked
             made.__dict__.update(fields, base=_Address(other.data_ptr() + offset))
             return made
 
-        return descriptor
+        return moved
     if isinstance(value, BiasTensor):
         strides = value[1:]
         return lambda other: BiasTensor(other, *strides)
@@ -155,7 +168,7 @@ def plan_forward(
         varies = (bias.shape[2] > 1, bias.shape[3] > 1)
         shared = all(varies) and bias.shape[0] == 1
         if varies[1] and not varies[0]:
-            bias = _with_aligned_rows(bias)  # a few numbers
+            bias = with_aligned_rows(bias)  # a few numbers
         bias = bias.expand(batch, heads, seqlen_q, seqlen_k)
     spec = Spec(
         BLOCK_D=_split(head_dim)[0],
@@ -181,17 +194,17 @@ def plan_forward(
     if bias is None:
         bias_argument = ABSENT
     elif varies[1]:
-        bias_argument = _descriptor(bias, _ROWS if varies[0] else 1, tile.BLOCK_N)
+        bias_argument = descriptor(bias, _ROWS if varies[0] else 1, tile.BLOCK_N)
     else:
-        bias_argument = _bias(bias)
+        bias_argument = bias_tensor(bias)
     programs = min(num_sms, num_tiles)
     counter = _new_counter(q) if spec.UNEVEN and num_tiles > programs else lse
     arguments = (
-        *_descriptors(q, _ROWS, spec.BLOCK_D, spec.TAIL_D),
-        *_descriptors(k, tile.BLOCK_N, spec.BLOCK_D, spec.TAIL_D),
-        *_descriptors(v, tile.BLOCK_N, spec.BLOCK_DV, spec.TAIL_DV),
+        *row_descriptors(q, _ROWS, spec.BLOCK_D, spec.TAIL_D),
+        *row_descriptors(k, tile.BLOCK_N, spec.BLOCK_D, spec.TAIL_D),
+        *row_descriptors(v, tile.BLOCK_N, spec.BLOCK_DV, spec.TAIL_DV),
         bias_argument,
-        *_descriptors(out, _ROWS, spec.BLOCK_DV, spec.TAIL_DV),
+        *row_descriptors(out, _ROWS, spec.BLOCK_DV, spec.TAIL_DV),
         flat(lse),
         Argument(counter, "*i32:16"),
         Argument(call, _CALL_TYPES),
@@ -221,39 +234,6 @@ def _split(head_dim: int) -> tuple[int, int]:
     if whole == 128 and head_dim <= 96:
         return 64, 16 if head_dim <= 80 else 32
     return whole, 0
-
-
-def _with_aligned_rows(tensor: Tensor) -> Tensor:
-    if has_aligned_rows(tensor):
-        return tensor
-    columns, multiple = tensor.shape[3], 16 // tensor.element_size()
-    rows = tensor.new_empty(*tensor.shape[:3], ceil_div(columns, multiple) * multiple)
-    return rows[..., :columns].copy_(tensor)
-
-
-def _bias(tensor: Tensor) -> Argument:
-    """A (batch, heads, seqlen_q, seqlen_k) tensor."""
-    batch, head, row, _ = tensor.stride()
-    return Argument(BiasTensor(tensor, batch, head, row), BiasTensor(pointer_type(tensor), "i64", "i64", "i64"))
-
-
-def _descriptors(tensor: Tensor, rows: int, columns: int, tail: int) -> tuple[Argument, Argument]:
-    """Tiles of a (batch, rows, heads, columns) tensor, and of its columns beyond the first."""
-    tensor = tensor.transpose(1, 2)
-    return _descriptor(tensor, rows, columns), _descriptor(tensor[..., columns:], rows, tail) if tail else ABSENT
-
-
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
-    """Tiles (rows, columns) of the matrices of a (batch, heads, rows, columns) tensor."""
-    block = [1, 1, rows, columns]
-    layout = _shared_layout(rows, columns, tensor.dtype)
-    descriptor: Any = TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, layout)
-    return Argument(descriptor, f"tensordesc<{DTYPES[tensor.dtype]}{block},{layout!r}>")
-
-
-@lru_cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _GLUON_DTYPES[dtype])
 
 
 @lru_cache

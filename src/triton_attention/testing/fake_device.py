@@ -19,6 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import CompiledKernel
 
 from triton_attention.hopper import launch as hopper
+from triton_attention.hopper.plan_backward import plan_backward as plan_hopper_backward
 from triton_attention.kernel import Launch, compile_launch
 from triton_attention.portable.configs import gpu_family
 from triton_attention.portable.launch import Settings, plan_backward, plan_forward
@@ -47,17 +48,22 @@ class Resources(NamedTuple):
 
 
 def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[Launch]:
-    """What a forward and a backward pass of `case` launch on `target`; of "hopper" the forward, which is all it has."""
+    """What a forward and a backward pass of `case` launch on `target`, as far as that backend runs them itself."""
     inputs, problem = make_inputs(case, "meta")
     q, k, v, bias = (None if tensor is None else tensor.detach() for tensor in inputs[:4])
     if q is None or k is None or v is None:
         raise ValueError(f"case must have q, k and v, got {case}")
+    needs_dbias = bias is not None and bias.dtype != torch.bool
     if backend == "hopper":
-        return [hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS).launch]
+        plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS)
+        if not hopper.differentiates(q, v):
+            return [plan.launch]
+        call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
+        gradients = plan_hopper_backward(*call, problem.softmax_scale, needs_dbias, _NUM_SMS)
+        return [plan.launch, *gradients.launches]
     settings = Settings(problem.mask, problem.softmax_scale, gpu_family(target.backend, target.arch))
     forward = plan_forward(q, k, v, bias, settings)
     dout = torch.empty_like(forward.out)
-    needs_dbias = bias is not None and bias.dtype != torch.bool
     backward = plan_backward(dout, None, q, k, v, bias, forward.out, forward.lse, settings, needs_dbias)
     return [forward.launch, *backward.launches]
 

@@ -1,0 +1,488 @@
+"""The backward kernel: the gradients of q, k, v and of a bias that nothing shares, in one pass over the queries.
+
+With P the probabilities and dP = dO V^T, the gradient of the scores is dS = P (dP - delta), where
+delta = rowsum(dO O) - dLSE. Then dQ = softmax_scale dS K, dK = softmax_scale dS^T Q, dV = P^T dO.
+
+A program owns a block of keys. Its two or three consumer warpgroups, 64 keys each, hold dK and dV in registers and
+compute transposed scores, so that P^T and dS^T are operands in registers of the products that make dV and dK. One more
+warpgroup assists: it copies the operands into shared memory, makes dQ of the dS that the consumers leave there, and
+adds it to the sum over all keys in global memory. So three or four streams of matrix products are under way, and wait
+for each other through barriers alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared
+from triton_attention.hopper.channel import (
+    Channel,
+    bytes_of,
+    new_channel,
+    new_tiles,
+    release,
+    send,
+    tile_of,
+    wait_empty,
+    wait_full,
+)
+from triton_attention.hopper.layouts import (
+    WARPGROUP_ROWS,
+    accumulator_layout,
+    columns_layout,
+    operand_layout,
+    rows_layout,
+)
+from triton_attention.hopper.rows import PANEL
+from triton_attention.hopper.schedule import visible_range
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, allowed, opaque_zero
+
+
+class BackwardCall(NamedTuple):
+    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper."""
+
+    seqlen_q: object
+    seqlen_k: object
+    heads_q: object
+    group: object  # query heads per key head
+    batch: object
+    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `block_of_program`
+    lower: object
+    upper: object
+    softmax_scale: object
+    scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
+
+
+class Inputs(NamedTuple):
+    """Tensor descriptors; `rows` has two numbers a query, see `attention_bwd_rows`."""
+
+    q: object
+    k: object
+    v: object
+    dout: object
+    rows: object
+    bias: object  # or a `BiasTensor` of one number a key, or None
+
+
+class Gradients(NamedTuple):
+    """Tensor descriptors."""
+
+    dq: object  # of sums: see `assist`
+    dk: object
+    dv: object
+    dbias: object  # or a pointer to (batch, heads_q, seqlen_k), or None
+
+
+class Channels(NamedTuple):
+    """What the assistant sends the consumers, and what they send it: dS."""
+
+    q: object  # with it come `rows` and `bias`, in slots of the same number
+    rows: object
+    bias: object
+    dout: object
+    k: object
+    v: object
+    dscores: object
+
+
+class Block(NamedTuple):
+    """The keys of a program, and the blocks [first, last) of queries that see some of them; those in
+    [full_first, full_last) see all, so that they need no mask."""
+
+    start_n: object
+    head_kv: object
+    batch: object
+    first: object
+    full_first: object
+    full_last: object
+    last: object
+
+
+@gluon.jit
+def block_of_program(call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Blocks are ordered by sections of `call.section` matrices, whose queries fit in L2 together; within a section by
+    keys, those that most queries see under a causal mask first; and then by matrix."""
+    BLOCK_N: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    heads_kv = call.heads_q // call.group
+    matrices = heads_kv * call.batch
+    num_blocks = gl.cdiv(call.seqlen_k, BLOCK_N)
+    section = gl.program_id(0) // (num_blocks * call.section)
+    within = gl.program_id(0) - section * num_blocks * call.section
+    width = gl.minimum(call.section, matrices - section * call.section)
+    block = within // width
+    matrix = section * call.section + within - block * width
+    batch = matrix // heads_kv
+    start_n = block * BLOCK_N
+    begin, full_begin, full_end, end = visible_range(
+        start_n, call.seqlen_k, call.seqlen_q, -call.upper, -call.lower, SPEC.HAS_UPPER, SPEC.HAS_LOWER, BLOCK_N,
+        BLOCK_M,
+    )  # fmt: skip
+    # Where some of the keys do not exist, a mask keeps them out of dQ.
+    full_end = gl.where(start_n + BLOCK_N > call.seqlen_k, full_begin, full_end)
+    return Block(
+        start_n, matrix - batch * heads_kv, batch, begin // BLOCK_M, full_begin // BLOCK_M, full_end // BLOCK_M,
+        gl.cdiv(end, BLOCK_M),
+    )  # fmt: skip
+
+
+@gluon.jit
+def following(head, m, block):
+    """(head, block of queries) of the step after one: a group's heads one after the other."""
+    m += 1
+    wraps = m == block.last
+    return gl.where(wraps, head + 1, head), gl.where(wraps, block.first, m)
+
+
+@gluon.jit
+def send_queries(channels, inputs, step, head, m, block, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Copy the operands of a block of queries, when the consumers are done with what was in their place."""
+    SLOTS: gl.constexpr = TILE.STAGES
+    PARTS: gl.constexpr = TILE.CONSUMERS
+    slot = step % SLOTS
+    batch = block.batch
+    start_m = m * TILE.BLOCK_M
+    wait_empty(channels.q, step)
+    full = channels.q.full.index(slot)
+    if SPEC.BIAS_ROWS:
+        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
+        for part in gl.static_range(PARTS):
+            place = [batch, head, start_m, block.start_n + part * WARPGROUP_ROWS]
+            copy_to_shared(inputs.bias, place, full, channels.bias.index(slot * PARTS + part))
+    else:
+        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows))
+    copy_to_shared(inputs.q, [batch, head, start_m, 0], full, channels.q.tiles.index(slot))
+    for number in gl.static_range(2):
+        copy_to_shared(inputs.rows, [batch, head, number, start_m], full, channels.rows.index(slot * 2 + number))
+    full = channels.dout.full.index(slot)
+    mbarrier.expect(full, bytes_of(inputs.dout))
+    copy_to_shared(inputs.dout, [batch, head, start_m, 0], full, channels.dout.tiles.index(slot))
+
+
+@gluon.jit
+def load_numbers(tiles, index):
+    """(BLOCK_M,) numbers of the queries, one for each column of transposed scores."""
+    SHAPE: gl.constexpr = tiles.shape
+    return tiles.index(index).reshape([SHAPE[4]]).load(columns_layout(SHAPE[4]))
+
+
+@gluon.jit
+def load_key_bias(bias, batch, head, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """(64,) of a bias that does not vary along the queries, in units of log 2; 0 of any other."""
+    if SPEC.BIAS == "none" or SPEC.BIAS_ROWS:
+        values = 0.0
+    else:
+        keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_M))
+        values = gl.load(bias.ptr + batch * bias.batch + head * bias.head + keys, mask=keys < call.seqlen_k, other=0)
+        if SPEC.BIAS == "mask":
+            values = gl.where(values != 0, 0.0, -INFINITY)
+        else:
+            values = values.to(gl.float32) * LOG2_E
+    return values
+
+
+@gluon.jit
+def weigh(scores, lse, key_bias, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """exp(scores - lse) of a block, transposed: (64, BLOCK_M), float32."""
+    exponents = scores * call.scale_log2 - lse[None, :]
+    if SPEC.BIAS_ROWS:
+        tile = channels.bias.index(step % TILE.STAGES * TILE.CONSUMERS + INDEX)
+        tile = tile.reshape([TILE.BLOCK_M, WARPGROUP_ROWS]).permute((1, 0))
+        values = tile.load(accumulator_layout(TILE.BLOCK_M))
+        if SPEC.BIAS == "mask":
+            exponents = gl.where(values != 0, exponents, -INFINITY)
+        else:
+            exponents += values.to(gl.float32) * LOG2_E
+    elif SPEC.BIAS != "none":
+        exponents += key_bias[:, None]
+    return gl.exp2(exponents)
+
+
+@gluon.jit
+def mask_weights(weights, start_m, start_n, call, SPEC: gl.constexpr):
+    """0 where a query may not see a key of [start_n, start_n + 64)."""
+    BLOCK_M: gl.constexpr = weights.shape[1]
+    queries = start_m - start_n + gl.arange(0, BLOCK_M, layout=columns_layout(BLOCK_M)) + opaque_zero()
+    keys = gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
+    visible = allowed(
+        queries[None, :], keys[:, None], call.seqlen_k - start_n, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
+    )
+    return gl.where(visible, weights, 0.0)
+
+
+@gluon.jit
+def narrow(values, DTYPE: gl.constexpr):
+    """float32 numbers as 16-bit ones, two at once. The compiler, which sees them used again one by one, would convert
+    them one by one, at a quarter of the rate."""
+    if gl.bfloat16 == DTYPE:
+        narrowed = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        narrowed = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return narrowed
+
+
+@gluon.jit
+def multiply_narrow(weights, factors):
+    """16-bit weights times float32 factors, in 16 bits. At one place, or the compiler widens the weights early, and has
+    no registers for them."""
+    if weights.dtype == gl.bfloat16:
+        product = gl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high;
+            shl.b32 low, $1, 16;
+            and.b32 high, $1, 0xffff0000;
+            mul.f32 low, low, $2;
+            mul.f32 high, high, $3;
+            cvt.rn.bf16x2.f32 $0, high, low;
+            }""",
+            "=r,r,r,r",
+            [weights, factors],
+            dtype=gl.bfloat16,
+            is_pure=False,
+            pack=2,
+        )
+    else:
+        product = gl.inline_asm_elementwise(
+            """{
+            .reg .b16 a, b;
+            .reg .f32 low, high;
+            mov.b32 {a, b}, $1;
+            cvt.f32.f16 low, a;
+            cvt.f32.f16 high, b;
+            mul.f32 low, low, $2;
+            mul.f32 high, high, $3;
+            cvt.rn.f16x2.f32 $0, high, low;
+            }""",
+            "=r,r,r,r",
+            [weights, factors],
+            dtype=gl.float16,
+            is_pure=False,
+            pack=2,
+        )
+    return product
+
+
+@gluon.jit
+def store_rows(descriptor, channel, values, block, start_n, INDEX: gl.constexpr):
+    """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of K or V."""
+    SHAPE: gl.constexpr = values.shape
+    tile = channel.tiles.index(INDEX)
+    tile.reshape([SHAPE[0], SHAPE[1]]).store(values.to(descriptor.dtype))
+    fence_async_shared()
+    copy_to_global(descriptor, [block.batch, block.head_kv, start_n, 0], tile)
+
+
+@gluon.jit
+def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """A consumer warpgroup: the keys [64 INDEX, 64 INDEX + 64) of the block."""
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    block = block_of_program(call, SPEC, TILE)
+    start_n = block.start_n + INDEX * WARPGROUP_ROWS
+    exists = block.last > block.first
+    dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
+    dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
+    zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
+    k = tile_of(channels.k.tiles, channels.k, 0, INDEX)
+    v = tile_of(channels.v.tiles, channels.v, 0, INDEX)
+    wait_full(channels.k, 0)
+    wait_full(channels.v, 0, exists)
+    step = 0
+    for member in range(call.group):
+        head = block.head_kv * call.group + member
+        key_bias = load_key_bias(inputs.bias, block.batch, head, start_n, call, SPEC, TILE)
+        dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
+        for m in range(block.first, block.last):
+            slot = step % TILE.STAGES
+            q = tile_of(channels.q.tiles, channels.q, step, 0)
+            dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+            wait_full(channels.q, step)
+            scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            lse = load_numbers(channels.rows, slot * 2)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            weights = weigh(scores, lse, key_bias, channels, step, call, SPEC, TILE, INDEX)
+            if m < block.full_first or m >= block.full_last:
+                weights = mask_weights(weights, m * BLOCK_M, start_n, call, SPEC)
+            weights = narrow(weights, q.dtype)
+            operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
+            wait_full(channels.dout, step)
+            # dP - delta: the product is added to -delta.
+            dweights, _ = gl.broadcast(load_numbers(channels.rows, slot * 2 + 1)[None, :], zero)
+            dweights = warpgroup_mma(v, dout.permute((1, 0)), dweights, is_async=True)
+            dv = warpgroup_mma(operand, dout, dv, is_async=True)
+            dweights = warpgroup_mma_wait(1, deps=[dweights])
+            if SPEC.DBIAS == "keys":
+                dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
+            dscores = multiply_narrow(weights, dweights)
+            wait_empty(channels.dscores, step)
+            tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
+            fence_async_shared()
+            mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+            operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
+            dk = warpgroup_mma(operand, q, dk, is_async=True)
+            dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+            release(channels.q, step)
+            step += 1
+        if SPEC.DBIAS == "keys":
+            keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
+            origin = (block.batch * call.heads_q + head).to(gl.int64) * call.seqlen_k
+            gl.store(gradients.dbias + origin + keys, dbias, mask=keys < call.seqlen_k)
+
+    store_rows(gradients.dv, channels.v, dv, block, start_n, INDEX)
+    mbarrier.wait(channels.k.empty.index(0), 0)  # the assistant is done with K
+    store_rows(gradients.dk, channels.k, dk * call.softmax_scale, block, start_n, INDEX)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The warpgroup that serves the consumers: it copies their operands, and makes dQ of the dS that they leave.
+
+    dS K of a block of queries is added to the sum over all keys, PIECES pieces of 64 columns. A piece lies in memory in
+    the order in which the threads of a warpgroup hold it, so that none waits for another's bank of shared memory:
+    `attention_bwd_dq` puts it in order.
+    """
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    STAGES: gl.constexpr = TILE.STAGES
+    PARTS: gl.constexpr = TILE.CONSUMERS
+    COLUMNS: gl.constexpr = gradients.dq.block_type.shape[2] * PANEL // BLOCK_M
+    PIECES: gl.constexpr = SPEC.BLOCK_D // COLUMNS
+    ROWS: gl.constexpr = BLOCK_M * COLUMNS // PANEL
+    K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
+    block = block_of_program(call, SPEC, TILE)
+    steps = call.group * (block.last - block.first)
+    send(channels.k, inputs.k, None, 0, block.batch, block.head_kv, block.start_n, 0, PARTS)
+    next_head = block.head_kv * call.group
+    next_m = block.first
+    for step in range(gl.minimum(STAGES, steps)):
+        send_queries(channels, inputs, step, next_head, next_m, block, SPEC, TILE)
+        if step == 0:
+            send(channels.v, inputs.v, None, 0, block.batch, block.head_kv, block.start_n, 0, PARTS)
+        next_head, next_m = following(next_head, next_m, block)
+
+    zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
+    blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
+    head = block.head_kv * call.group
+    m = block.first
+    wait_full(channels.k, 0)
+    for step in range(steps):
+        if step > 0 and step - 1 + STAGES < steps:  # the consumers are about done with the step before
+            send_queries(channels, inputs, step - 1 + STAGES, next_head, next_m, block, SPEC, TILE)
+            next_head, next_m = following(next_head, next_m, block)
+        wait_full(channels.dscores, step)
+        if SPEC.DBIAS == "tile":
+            for part in gl.static_range(PARTS):
+                place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
+                copy_to_global(gradients.dbias, place, whole_tile(channels.dscores, step, part))
+        for piece in range(PIECES):
+            dq = zero
+            for part in gl.static_range(PARTS):
+                dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
+                k = tile_of(channels.k.tiles, channels.k, 0, part)
+                k = k._reinterpret(k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
+                dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            if piece == 0:
+                tma.store_wait(0)  # the copies of the step before, and of dbias, have read
+            dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
+            dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
+            staging.index(piece).reshape([ROWS, PANEL]).store(dq)
+        release(channels.dscores, step)
+        fence_async_shared()
+        tile = ((block.batch * call.heads_q + head) * blocks_m + m) * PIECES
+        for piece in gl.static_range(PIECES):
+            add_to_global(gradients.dq, [0, 0, (tile + piece) * ROWS, 0], staging.index(piece))
+        head, m = following(head, m, block)
+    mbarrier.arrive(channels.k.empty.index(0), count=1)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def whole_tile(channel, step, PART: gl.constexpr):
+    """A tile with its axes of size 1, as copies want it."""
+    SLOTS: gl.constexpr = channel.full.shape[0]
+    PARTS: gl.constexpr = channel.tiles.shape[0] // SLOTS
+    return channel.tiles.index(step % SLOTS * PARTS + PART)
+
+
+@gluon.jit
+def new_exchange(dtype, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr):
+    """The channel of dS: each consumer fills its part of a slot, and arrives itself."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_M, WARPGROUP_ROWS], dtype)
+    tiles = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, 1, 1, BLOCK_M, WARPGROUP_ROWS], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=PARTS)
+        mbarrier.init(empty.index(i), count=1)
+    return Channel(tiles, 0, full, empty)
+
+
+@gluon.jit
+def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head; and sums of dS K.
+
+    Grid: one program for each block of 64 CONSUMERS keys of each key head of each batch entry. It owns these rows of
+    `dk` and `dv`. With SPEC.DBIAS == "tile" it owns these columns of `dbias` (batch, heads_q, seqlen_q, seqlen_k), and
+    writes where a key is visible; with "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k). To
+    `dq` it adds its share, in no fixed order; everything else is the same bit for bit in every run.
+    """
+    CONSUMERS: gl.constexpr = TILE.CONSUMERS
+    STAGES: gl.constexpr = TILE.STAGES
+    DSCORES_STAGES: gl.constexpr = TILE.DSCORES_STAGES
+    PIECES: gl.constexpr = TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL)
+    inputs = Inputs(q, k, v, dout, rows, bias)
+    gradients = Gradients(dq, dk, dv, dbias)
+    if SPEC.BIAS_ROWS:
+        bias_tiles = new_tiles(bias, STAGES * CONSUMERS)
+    else:
+        bias_tiles = 0
+    channels = Channels(
+        new_channel(q, None, STAGES, 1, CONSUMERS),
+        new_tiles(rows, STAGES * 2),
+        bias_tiles,
+        new_channel(dout, None, STAGES, 1, CONSUMERS),
+        new_channel(k, None, 1, CONSUMERS, 1),
+        new_channel(v, None, 1, CONSUMERS, 1),
+        new_exchange(q.dtype, TILE.BLOCK_M, DSCORES_STAGES, CONSUMERS),
+    )
+    staging = new_tiles(dq, PIECES)
+    fence_async_shared()
+    C0: gl.constexpr = 0
+    C1: gl.constexpr = 1
+    C2: gl.constexpr = 2
+    REGISTERS: gl.constexpr = TILE.REGISTERS
+    if TILE.CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
+                (assist, (channels, inputs, gradients, staging, call, SPEC, TILE)),
+            ],
+            [4, 4],
+            [REGISTERS, TILE.ASSISTANT_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C2)),
+                (assist, (channels, inputs, gradients, staging, call, SPEC, TILE)),
+            ],
+            [4, 4, 4],
+            [REGISTERS, REGISTERS, TILE.ASSISTANT_REGISTERS],
+        )

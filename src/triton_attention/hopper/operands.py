@@ -1,0 +1,57 @@
+"""How does a tensor become an operand of a Hopper kernel: with which descriptor, and in which layout?"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from triton_attention.arguments import (
+    ABSENT,
+    DTYPES,
+    Argument,
+    ceil_div,
+    descriptor_strides,
+    has_aligned_rows,
+    pointer_type,
+)
+from triton_attention.hopper.bias import BiasTensor
+
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
+
+
+def with_aligned_rows(tensor: Tensor) -> Tensor:
+    if has_aligned_rows(tensor):
+        return tensor
+    columns, multiple = tensor.shape[3], 16 // tensor.element_size()
+    rows = tensor.new_empty(*tensor.shape[:3], ceil_div(columns, multiple) * multiple)
+    return rows[..., :columns].copy_(tensor)
+
+
+def bias_tensor(tensor: Tensor) -> Argument:
+    """A (batch, heads, seqlen_q, seqlen_k) tensor."""
+    batch, head, row, _ = tensor.stride()
+    return Argument(BiasTensor(tensor, batch, head, row), BiasTensor(pointer_type(tensor), "i64", "i64", "i64"))
+
+
+def row_descriptors(tensor: Tensor, rows: int, columns: int, tail: int) -> tuple[Argument, Argument]:
+    """Tiles of a (batch, rows, heads, columns) tensor, and of its columns beyond the first."""
+    tensor = tensor.transpose(1, 2)
+    return descriptor(tensor, rows, columns), descriptor(tensor[..., columns:], rows, tail) if tail else ABSENT
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
+    """Tiles (rows, columns) of the matrices of a (batch, heads, rows, columns) tensor."""
+    block = [1, 1, rows, columns]
+    layout = _shared_layout(rows, columns, tensor.dtype)
+    made: Any = TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, layout)
+    return Argument(made, f"tensordesc<{DTYPES[tensor.dtype]}{block},{layout!r}>")
+
+
+@lru_cache
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
