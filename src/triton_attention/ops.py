@@ -14,36 +14,39 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from triton_attention.problem import Inputs, Mask, Problem
+from triton_attention.problem import Extras, Inputs, Mask, Problem
 
-_CALL = "float softmax_scale, int? left, int? right, bool top_left, str backend"
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sink"  # the fields of Inputs
+_NUM_TENSORS = len(Inputs._fields)
+_CALL = "float softmax_scale, float softcap, int? left, int? right, bool top_left, str backend"
 
 torch.library.define(
     "triton_attention::attention_fwd",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_CALL}) -> (Tensor out, Tensor lse)",
+    f"({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "triton_attention::attention_bwd",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, bool needs_dbias, "
-    f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    f"(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, bool needs_dbias, {_CALL}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
 )
 
 
 def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) by a Triton backend, differentiable in q, k, v and the bias."""
-    for tensor in inputs[:4]:  # the operator would drop a tangent in silence: its results would be constants
+    """(out, lse) by a Triton backend, differentiable in q, k, v, the bias and the sink."""
+    for tensor in inputs:  # the operator would drop a tangent in silence: its results would be constants
         if tensor is not None and unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 "attention has no forward-mode derivative on the Triton backends; backend='reference' has one"
             )
     mask = problem.mask
     result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(
-        inputs.q, inputs.k, inputs.v, inputs.bias, problem.softmax_scale, mask.left, mask.right, mask.top_left, backend
+        *inputs, problem.softmax_scale, problem.softcap, *mask, backend
     )
     return result
 
 
 _STAND_IN = {"hopper": "portable"}  # which backend runs what another one leaves: its backward pass, and odd layouts
+_RUN_EXTRAS = ("portable",)  # whose launchers take extras as their last argument, and return dsink as theirs
 
 
 def _launcher(backend: str) -> ModuleType:
@@ -52,10 +55,12 @@ def _launcher(backend: str) -> ModuleType:
 
 @torch.library.impl("triton_attention::attention_fwd", ("cpu", "cuda"))
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float, left: int | None, right: int | None,
-    top_left: bool, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, sink: Tensor | None,
+    softmax_scale: float, softcap: float, left: int | None, right: int | None, top_left: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = (q, k, v, bias, Mask(left, right, top_left), softmax_scale)
+    if backend in _RUN_EXTRAS:
+        return _launcher(backend).forward(*call, Extras(softcap, alibi_slopes, sink))  # type: ignore[no-any-return]
     result: tuple[Tensor, Tensor] | None = _launcher(backend).forward(*call)
     if result is None:
         return _launcher(_STAND_IN[backend]).forward(*call)  # type: ignore[no-any-return]
@@ -69,41 +74,42 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, 
 
 @torch.library.impl("triton_attention::attention_bwd", ("cpu", "cuda"))
 def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    needs_dbias: bool, softmax_scale: float, left: int | None, right: int | None, top_left: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    alibi_slopes: Tensor | None, sink: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool,
+    softmax_scale: float, softcap: float, left: int | None, right: int | None, top_left: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mask = Mask(left, right, top_left)
-    dq, dk, dv, dbias = _launcher(_STAND_IN.get(backend, backend)).backward(
-        dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias
+    dq, dk, dv, dbias, dsink = _launcher(_STAND_IN.get(backend, backend)).backward(
+        dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias, Extras(softcap, alibi_slopes, sink)
     )
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
 
 
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    needs_dbias: bool, *call: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if bias is None or not needs_dbias:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    alibi_slopes: Tensor | None, sink: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *call: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wanted = (q, k, v, bias if needs_dbias else None, sink)
+    return tuple(q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)  # q, k, v, bias, out, lse: nothing that grows with seqlen^2
-    ctx.call = inputs[4:]
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)  # nothing that grows with seqlen^2 but the bias
+    ctx.call = inputs[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)  # most calls use `out` alone: then there is no dlse to add
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, out, lse = ctx.saved_tensors
+    *tensors, out, lse = ctx.saved_tensors
+    bias, _alibi_slopes, sink = tensors[3:]
     if dout is None:
         dout = torch.zeros_like(out)
     needs_dbias = bias is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = torch.ops.triton_attention.attention_bwd(
-        dout, dlse, q, k, v, bias, out, lse, needs_dbias, *ctx.call
+    dq, dk, dv, dbias, dsink = torch.ops.triton_attention.attention_bwd(
+        dout, dlse, *tensors, out, lse, needs_dbias, *ctx.call
     )
-    return dq, dk, dv, dbias if needs_dbias else None, *(None for _ in ctx.call)
+    dbias, dsink = dbias if needs_dbias else None, None if sink is None else dsink
+    return dq, dk, dv, dbias, None, dsink, *(None for _ in ctx.call)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:

@@ -100,6 +100,17 @@ class Inputs(NamedTuple):
     sink: Tensor | None = None  # (heads_q,)
 
 
+class Extras(NamedTuple):
+    """What few calls have, and some backends do not run: everything but the mask and the bias that changes scores."""
+
+    softcap: float = 0.0  # 0.0 = none
+    alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32
+    sink: Tensor | None = None  # (heads_q,)
+
+
+NO_EXTRAS = Extras()
+
+
 class Problem(NamedTuple):
     """Everything about a call but its data: what a backend decides on."""
 

@@ -253,10 +253,7 @@ def test_bias_beyond_2_to_the_31_elements():
 @pytest.mark.parametrize(
     ("keywords", "reason"),
     [
-        ({"softcap": 3.0}, "softcap"),
         ({"dropout_p": 0.1}, "dropout"),
-        ({"alibi_slopes": torch.ones(2)}, "alibi_slopes"),
-        ({"sink": torch.ones(2)}, "sink"),
     ],
     ids=str,
 )

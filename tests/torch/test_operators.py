@@ -24,6 +24,8 @@ CASES = {
     "causal, grouped heads": Case(5, 7, 16, batch=1, heads_kv=1, mask=CAUSAL, dtype=FLOAT32),
     "window from the top left": Case(5, 7, 16, batch=1, heads_q=1, mask=Mask(2, 1, top_left=True), dtype=FLOAT32),
     "packed, float16": Case(7, 7, 16, heads_q=1, layout="packed"),
+    "softcap, ALiBi, sink": Case(5, 7, 16, batch=1, softcap=2.0, alibi="h", sink=True, dtype=FLOAT32),
+    "ALiBi of the batch, sink, bias": Case(5, 7, 16, alibi="bh", sink=True, bias="1h1k", mask=CAUSAL),
     "transposed, head dims differ": Case(5, 7, 16, 8, batch=1, layout="bhsd", dtype=FLOAT32),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -33,7 +35,7 @@ backward_operator = torch.ops.triton_attention.attention_bwd
 
 def call_of(problem):
     """The arguments of an operator after its tensors."""
-    return problem.softmax_scale, *problem.mask, "portable"
+    return problem.softmax_scale, problem.softcap, *problem.mask, "portable"
 
 
 def backward_arguments(case, uses_lse, needs_dbias):
@@ -42,19 +44,19 @@ def backward_arguments(case, uses_lse, needs_dbias):
     with torch.no_grad():
         out, lse = ops.attention(inputs, problem, "portable")
     dlse = torch.randn_like(lse) if uses_lse else None
-    tensors = [None if x is None else x.detach() for x in inputs[:4]]
+    tensors = [None if x is None else x.detach() for x in inputs]
     return torch.randn_like(out), dlse, *tensors, out, lse, needs_dbias, *call_of(problem)
 
 
 @each_case
 def test_opcheck_forward(case):
     inputs, problem = make_inputs(case)
-    torch.library.opcheck(forward_operator, (*inputs[:4], *call_of(problem)))
+    torch.library.opcheck(forward_operator, (*inputs, *call_of(problem)))
 
 
 def test_opcheck_forward_without_gradients():
     inputs, problem = make_inputs(CASES["bias"])
-    torch.library.opcheck(forward_operator, (*(x.detach() for x in inputs[:4]), *call_of(problem)))
+    torch.library.opcheck(forward_operator, (*(None if x is None else x.detach() for x in inputs), *call_of(problem)))
 
 
 @each_case

@@ -25,7 +25,10 @@ class Spec:
     BIAS_ROWS: bool  # the bias varies along the queries
     BIAS_COLS: bool  # it varies along the keys
     DBIAS: str  # what a kernel writes of its gradient: "none", "tile", "rows" or "cols"
-    RAW_SCORES: bool  # nothing is added to q k^T and softmax_scale > 0: the scale folds into the exponent
+    RAW_SCORES: bool  # nothing is done to q k^T and softmax_scale > 0: the scale folds into the exponent
+    SOFTCAP: bool
+    ALIBI: bool
+    SINK: bool
     PRECISION: str = "ieee"  # of float32 products; tf32 would lose 13 bits silently
 
 

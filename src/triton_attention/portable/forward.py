@@ -6,25 +6,29 @@ import triton
 import triton.language as tl
 
 from triton_attention.portable.bias import load_bias
+from triton_attention.portable.heads import load_sink, query_head
 from triton_attention.portable.softmax import score_tile, softmax_begin, softmax_end, softmax_update
 from triton_attention.portable.tiles import key_range, load_tile, store_rows, store_tile, tile_order
 
 
 @triton.jit
 def attend(
-    state, q, k, v, bias, batch, head, start_m, begin, end, call, SPEC: tl.constexpr, TILE: tl.constexpr,
+    state, q, k, v, bias, head, start_m, begin, end, call, SPEC: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [begin, end) into the softmax state of a block of queries."""
-    head_kv = head // call.group
+    head_kv = head.index // call.group
     for start_n in range(begin, end, TILE.BLOCK_N):
         k_tile = load_tile(
-            k, batch, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, not MASKED
+            k, head.batch, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA,
+            not MASKED,
+        )  # fmt: skip
+        bias_tile = load_bias(bias, head.batch, head.index, start_m, start_n, call, SPEC, TILE)
+        scores, _slope = score_tile(
+            q, k_tile, bias_tile, head, start_m, start_n, call, SPEC, TILE, MASKED, TRANSPOSED=False
         )
-        bias_tile = load_bias(bias, batch, head, start_m, start_n, call, SPEC, TILE)
-        scores = score_tile(q, k_tile, bias_tile, start_m, start_n, call, SPEC, TILE, MASKED, TRANSPOSED=False)
         v_tile = load_tile(
-            v, batch, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA,
+            v, head.batch, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA,
             not MASKED,
         )  # fmt: skip
         state = softmax_update(state, scores, call.scale_log2 if SPEC.RAW_SCORES else 1.0, v_tile, SPEC)
@@ -32,24 +36,25 @@ def attend(
 
 
 @triton.jit
-def attention_fwd(q, k, v, bias, out, lse, call, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """out = softmax(softmax_scale q k^T + bias + mask) v and lse = log sum exp of the scores.
+def attention_fwd(q, k, v, bias, extras, out, lse, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """out = softmax(scores) v and lse = log sum exp of the scores, with the sink in it: see `score_tile`.
 
     Grid: one program for each block of BLOCK_M queries of each head of each batch entry. It owns these rows of
     `out` (batch, seqlen_q, heads_q, head_dim_v) and `lse` (batch, heads_q, seqlen_q), and visits the keys they see.
     """
     num_blocks = tl.cdiv(call.seqlen_q, TILE.BLOCK_M)
-    block, head, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, SPEC.HAS_UPPER)
+    block, index, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, SPEC.HAS_UPPER)
     start_m = block * TILE.BLOCK_M
     begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
+    head = query_head(extras, batch, index, SPEC)
     q_tile = load_tile(
-        q, batch, head, start_m, call.seqlen_q, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, False
+        q, batch, index, start_m, call.seqlen_q, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, False
     )
-    state = softmax_begin(TILE.BLOCK_M, SPEC.BLOCK_DV)
+    state = softmax_begin(load_sink(extras, head, SPEC), SPEC, TILE)
     if SPEC.HAS_LOWER:
-        state = attend(state, q_tile, k, v, bias, batch, head, start_m, begin, full_begin, call, SPEC, TILE, True)
-    state = attend(state, q_tile, k, v, bias, batch, head, start_m, full_begin, full_end, call, SPEC, TILE, False)
-    state = attend(state, q_tile, k, v, bias, batch, head, start_m, full_end, end, call, SPEC, TILE, True)
+        state = attend(state, q_tile, k, v, bias, head, start_m, begin, full_begin, call, SPEC, TILE, True)
+    state = attend(state, q_tile, k, v, bias, head, start_m, full_begin, full_end, call, SPEC, TILE, False)
+    state = attend(state, q_tile, k, v, bias, head, start_m, full_end, end, call, SPEC, TILE, True)
     out_tile, lse_rows = softmax_end(state)
-    store_tile(out, out_tile, batch, head, start_m, call.seqlen_q, SPEC.HEAD_DIM_V)
-    store_rows(lse, lse_rows, batch, head, start_m, call.heads_q, call.seqlen_q)
+    store_tile(out, out_tile, batch, index, start_m, call.seqlen_q, SPEC.HEAD_DIM_V)
+    store_rows(lse, lse_rows, batch, index, start_m, call.heads_q, call.seqlen_q)

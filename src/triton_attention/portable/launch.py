@@ -34,10 +34,13 @@ from triton_attention.portable import backward as bwd
 from triton_attention.portable import forward as fwd
 from triton_attention.portable.bias import BiasTensor
 from triton_attention.portable.configs import GPUS, Spec, Tile, gpu_family, tile_for
+from triton_attention.portable.heads import Extras as ExtraTensors
+from triton_attention.portable.heads import Slopes
 from triton_attention.portable.tiles import Call, Strided
-from triton_attention.problem import Mask
+from triton_attention.problem import NO_EXTRAS, Extras, Mask
 
 _LOG2_E = math.log2(math.e)
+_SOFTCAPS = (1e-30, 1e30)  # beyond these a softcap or its reciprocal leaves float32, and no score tells them apart
 _LARGEST_BLOCK = 256  # rows of a tile: offsets within it fit 32 bits while the stride of a row times this does
 
 
@@ -47,31 +50,37 @@ class Settings(NamedTuple):
     mask: Mask
     softmax_scale: float
     family: str
+    extras: Extras = NO_EXTRAS
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, extras: Extras = NO_EXTRAS
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated call that is not empty; see `triton_attention.attention`."""
     with device_of(q):
-        plan = plan_forward(q, k, v, bias, Settings(mask, softmax_scale, _family(q.device)))
+        plan = plan_forward(q, k, v, bias, Settings(mask, softmax_scale, _family(q.device), extras))
         run(plan.launch)
     return plan.out, plan.lse
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    mask: Mask, softmax_scale: float, needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(dq, dk, dv, dbias), each in the shape and dtype of its tensor; dbias is None unless it is needed."""
+    mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras = NO_EXTRAS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed."""
     with device_of(q):
-        settings = Settings(mask, softmax_scale, _family(q.device))
+        settings = Settings(mask, softmax_scale, _family(q.device), extras)
         plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, settings, needs_dbias)
         for launch in plan.launches:
             run(launch)
-        if plan.dbias is None or bias is None:
-            return plan.dq, plan.dk, plan.dv, None
-        return plan.dq, plan.dk, plan.dv, plan.dbias.sum_to_size(bias.shape).to(bias.dtype)
+        dbias = None if plan.dbias is None or bias is None else plan.dbias.sum_to_size(bias.shape).to(bias.dtype)
+        return plan.dq, plan.dk, plan.dv, dbias, None if extras.sink is None else _dsink(extras.sink, plan)
+
+
+def _dsink(sink: Tensor, plan: BackwardPlan) -> Tensor:
+    """- sum over the queries of a head of exp(sink - lse) * delta; lse is +inf in rows that do not count."""
+    weights = torch.exp2((sink.float() * _LOG2_E)[:, None] - plan.lse_log2)
+    return -(weights * plan.delta).sum(dim=(0, 2)).to(sink.dtype)
 
 
 class BackwardPlan(NamedTuple):
@@ -84,6 +93,8 @@ class BackwardPlan(NamedTuple):
     dk: Tensor
     dv: Tensor
     dbias: Tensor | None
+    lse_log2: Tensor  # (batch, heads_q, seqlen_q padded), in units of log 2
+    delta: Tensor
     launches: list[Launch]
 
 
@@ -149,7 +160,7 @@ def plan_backward(
                 (*rows, _bias(dbias), Argument(sharing, bwd.Sharing("i32", "i32", "i32"))),
             )
         )
-    return BackwardPlan(dq, dk, dv, dbias, launches)
+    return BackwardPlan(dq, dk, dv, dbias, lse_log2, delta, launches)
 
 
 class _Planner:
@@ -175,10 +186,22 @@ class _Planner:
         bounds = settings.mask.bounds(seqlen_q, seqlen_k)
         scale = settings.softmax_scale
         numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, *bounds, scale, scale * _LOG2_E)
-        self.call = Argument(numbers, _CALL_TYPES)
+        types = _CALL_TYPES
+        softcap, slopes, sink = settings.extras
+        if softcap > 0.0:
+            smallest, largest = _SOFTCAPS
+            numbers = numbers._replace(softcap=min(max(softcap, smallest), largest) * _LOG2_E)
+            types = types._replace(softcap="fp32")
+        if slopes is not None:
+            numbers = numbers._replace(diagonal=settings.mask.diagonal(seqlen_q, seqlen_k))
+            types = types._replace(diagonal="i32")
+        self.call = Argument(numbers, types)
+        self.extras = _extras(slopes, sink, (batch, heads))
 
     def variant(self, kernel: str, dbias: str = "none") -> tuple[Spec, Tile]:
         head_dim, head_dim_v = self.q.shape[3], self.v.shape[3]
+        extras = self.settings.extras
+        capped, sloped = extras.softcap > 0.0, extras.alibi_slopes is not None
         spec = Spec(
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
@@ -190,7 +213,10 @@ class _Planner:
             BIAS_ROWS=self.varies[0],
             BIAS_COLS=self.varies[1],
             DBIAS=dbias,
-            RAW_SCORES=self.bias is None and self.settings.softmax_scale > 0.0,
+            RAW_SCORES=self.bias is None and self.settings.softmax_scale > 0.0 and not capped and not sloped,
+            SOFTCAP=capped,
+            ALIBI=sloped,
+            SINK=extras.sink is not None,
         )
         tile = tile_for(kernel, self.settings.family, self.access, spec)
         if tile.TMA and self.bias is not None and all(self.varies) and has_aligned_rows(self.bias):
@@ -205,7 +231,7 @@ class _Planner:
         return Launch(kernel, programs(tile), (*self.operands(spec, tile), *outputs, self.call), spec, tile)
 
     def operands(self, spec: Spec, tile: Tile) -> list[Argument]:
-        """q, k, v, the bias, and in the backward dout."""
+        """q, k, v, the bias, the extras, and in the backward dout."""
         if tile.TMA:
             arguments = [
                 _descriptor(self.q.transpose(1, 2), tile.BLOCK_M, spec.BLOCK_D),
@@ -220,6 +246,7 @@ class _Planner:
             arguments.append(_descriptor(self.bias, tile.BLOCK_M, tile.BLOCK_N))
         else:
             arguments.append(_bias(self.bias))
+        arguments.append(self.extras)
         if self.dout is not None:
             dout = self.dout
             arguments.append(
@@ -267,6 +294,19 @@ def _bias(tensor: Tensor) -> Argument:
     batch, head, row, _ = tensor.stride()
     types = BiasTensor(pointer_type(tensor), *_stride_types(tensor, row))
     return Argument(BiasTensor(tensor, batch, head, row), types)
+
+
+def _extras(slopes: Tensor | None, sink: Tensor | None, batch_heads: tuple[int, int]) -> Argument:
+    if slopes is None and sink is None:
+        return ABSENT
+    slopes_argument = sink_argument = ABSENT
+    if slopes is not None:
+        types = Slopes(pointer_type(slopes), "i64", "i64")
+        slopes_argument = Argument(Slopes(slopes, *slopes.expand(batch_heads).stride()), types)
+    if sink is not None:
+        sink_argument = flat(sink.contiguous())
+    arguments = (slopes_argument, sink_argument)
+    return Argument(ExtraTensors(*(x.value for x in arguments)), ExtraTensors(*(x.type for x in arguments)))
 
 
 def _access(tensors: list[Tensor], family: str) -> str:

@@ -29,7 +29,10 @@ class Strided(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper."""
+    """The numbers of one call; the last ones are None where SPEC says that what they are for is absent.
+
+    The mask's band: key j is visible to query i iff lower <= j - i <= upper.
+    """
 
     seqlen_q: object
     seqlen_k: object
@@ -39,6 +42,8 @@ class Call(NamedTuple):
     upper: object
     softmax_scale: object
     scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
+    softcap: object = None  # in units of log 2
+    diagonal: object = None  # the j - i where ALiBi adds nothing
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import combinations, product
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +33,9 @@ class Case(NamedTuple):
     bias_dtype: torch.dtype | None = None  # None = dtype; torch.bool = a mask
     layout: str = "bshd"  # "bshd" contiguous; "bhsd" transposed; "packed" q, k, v are views of one tensor
     softmax_scale: float | None = None
+    softcap: float = 0.0
+    alibi: str | None = None  # "h" or "bh": the axes of the slopes
+    sink: bool = False
     dtype: torch.dtype = torch.float16
 
     @property
@@ -59,6 +63,55 @@ def _short(value: object) -> str:
 def _with_every_bias() -> list[Case]:
     lengths = {FULL: (35, 40), CAUSAL: (40, 35)}  # 40 keys: rows of 16 bytes, for descriptors; 35: for pointers
     return [Case(q, k, 16, heads_kv=1, mask=mask, bias=b) for mask, (q, k) in lengths.items() for b in BIAS_PATTERNS]
+
+
+def pairwise(**factors: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    """Few combinations in which every two values of different factors meet: greedy, and the same each time."""
+
+    def pairs(row: dict[str, int]) -> set[tuple[tuple[str, int], ...]]:
+        return set(combinations(sorted(row.items()), 2))
+
+    values = {name: range(len(factor)) for name, factor in factors.items()}
+    missing = set()
+    for one, two in combinations(sorted(factors), 2):
+        missing |= set(product(((one, i) for i in values[one]), ((two, i) for i in values[two])))
+    while missing:
+        row = dict(min(missing))
+        for name in factors:
+            if name not in row:
+                gains = [len(missing & pairs({**row, name: i})) for i in values[name]]
+                row[name] = gains.index(max(gains))
+        missing -= pairs(row)
+        yield {name: factors[name][i] for name, i in row.items()}
+
+
+def _features() -> Iterator[Case]:
+    """What changes scores and probabilities, in pairs with each other, with odd lengths and with the rest."""
+    for row in pairwise(
+        lengths=((40, 35), (35, 40), (1, 67), (67, 1), (64, 64)),
+        bias=(
+            (None, None),
+            ("1hqk", None),
+            ("b11k", None),
+            ("b1q1", None),
+            ("bhqk", torch.float32),
+            ("b1qk", torch.bool),
+        ),
+        mask=(FULL, CAUSAL, CAUSAL_TOP_LEFT, Mask(9, 4)),
+        head_dims=((16, None), (40, 24), (13, 11)),
+        alibi=(None, "h", "bh"),
+        softcap=(0.0, 3.0),
+        sink=(False, True),
+        heads=((2, None), (4, 2)),
+        dtype=(torch.float16, torch.float32),
+    ):
+        (seqlen_q, seqlen_k), (head_dim, head_dim_v), (heads_q, heads_kv), (bias, bias_dtype) = (
+            row.pop(name) for name in ("lengths", "head_dims", "heads", "bias")
+        )
+        yield Case(
+            seqlen_q, seqlen_k, head_dim, head_dim_v, heads_q=heads_q, heads_kv=heads_kv, bias=bias,
+            bias_dtype=bias_dtype, **row,
+        )  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (
@@ -98,4 +151,7 @@ CASES: tuple[Case, ...] = (
     Case(37, 45, 40, mask=CAUSAL, dtype=torch.float32),
     *(Case(35, 40, 16, bias=b, dtype=torch.float32) for b in ("1h1k", "1hqk", "b1qk", "bhqk")),
     Case(35, 40, 16, bias="1hqk", bias_dtype=torch.float16, dtype=torch.float32),
+    # softcap, ALiBi, sink: each alone, and all in pairs
+    *(Case(50, 61, 16, mask=CAUSAL, **feature) for feature in ({"softcap": 2.0}, {"alibi": "h"}, {"sink": True})),
+    *_features(),
 )

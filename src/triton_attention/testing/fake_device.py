@@ -22,6 +22,7 @@ from triton_attention.hopper import launch as hopper
 from triton_attention.kernel import Launch, compile_launch
 from triton_attention.portable.configs import gpu_family
 from triton_attention.portable.launch import Settings, plan_backward, plan_forward
+from triton_attention.problem import Extras
 from triton_attention.testing.cases import Case
 from triton_attention.testing.inputs import make_inputs
 
@@ -49,12 +50,12 @@ class Resources(NamedTuple):
 def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[Launch]:
     """What a forward and a backward pass of `case` launch on `target`; of "hopper" the forward, which is all it has."""
     inputs, problem = make_inputs(case, "meta")
-    q, k, v, bias = (None if tensor is None else tensor.detach() for tensor in inputs[:4])
-    if q is None or k is None or v is None:
-        raise ValueError(f"case must have q, k and v, got {case}")
+    q, k, v = (tensor.detach() for tensor in inputs[:3])
+    bias, slopes, sink = (None if tensor is None else tensor.detach() for tensor in inputs[3:])
     if backend == "hopper":
         return [hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS).launch]
-    settings = Settings(problem.mask, problem.softmax_scale, gpu_family(target.backend, target.arch))
+    family = gpu_family(target.backend, target.arch)
+    settings = Settings(problem.mask, problem.softmax_scale, family, Extras(problem.softcap, slopes, sink))
     forward = plan_forward(q, k, v, bias, settings)
     dout = torch.empty_like(forward.out)
     needs_dbias = bias is not None and bias.dtype != torch.bool

@@ -40,8 +40,19 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         else:
             bias = normal(*case.bias_shape, dtype=bias_dtype).requires_grad_()
     q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
-    inputs = Inputs(q, k, v, bias)
+    slopes = sink = None
+    if case.alibi is not None:
+        slopes_shape = (batch, case.heads_q) if case.alibi == "bh" else (case.heads_q,)
+        slopes = 0.1 * normal(*slopes_shape, dtype=torch.float32)
+    if case.sink:
+        sink = normal(case.heads_q, dtype=dtype).requires_grad_()
+    inputs = Inputs(q, k, v, bias, slopes, sink)
     problem = Problem.from_tensors(
-        inputs, mask=case.mask, softmax_scale=case.softmax_scale, softcap=0.0, dropout_p=0.0, deterministic=False
+        inputs,
+        mask=case.mask,
+        softmax_scale=case.softmax_scale,
+        softcap=case.softcap,
+        dropout_p=0.0,
+        deterministic=False,
     )
     return inputs, problem

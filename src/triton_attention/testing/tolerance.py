@@ -95,10 +95,12 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
 
 def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
     """Attention as one writes it in PyTorch, every matrix in the dtype of q: the baseline for errors."""
-    q, k, v, bias = inputs[:4]
+    q, k, v, bias, slopes, sink = inputs
     group = problem.heads_q // problem.heads_kv
     k, v = (tensor.repeat_interleave(group, dim=2) for tensor in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q * problem.softmax_scale, k)
+    if problem.softcap > 0.0:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
     hidden = torch.zeros((), dtype=torch.bool, device=problem.device)
     if bias is not None and bias.dtype == torch.bool:
         hidden = ~bias
@@ -106,14 +108,20 @@ def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tens
         scores = scores + bias.to(scores.dtype)
     offset = torch.arange(problem.seqlen_k, device=problem.device)
     offset = offset - torch.arange(problem.seqlen_q, device=problem.device)[:, None]  # (sq, sk)
+    if slopes is not None:
+        distance = (offset - problem.mask.diagonal(problem.seqlen_q, problem.seqlen_k)).abs()
+        scores = scores - (slopes[..., None, None] * distance).to(scores.dtype)
     lower, upper = problem.mask.band(problem.seqlen_q, problem.seqlen_k)
     if lower is not None:
         hidden = hidden | (offset < lower)
     if upper is not None:
         hidden = hidden | (offset > upper)
-    empty = hidden.expand(scores.shape).all(dim=-1)  # (b, h, sq)
-    scores = scores.masked_fill(hidden & ~empty[..., None], -math.inf)
-    weights = scores.softmax(dim=-1).masked_fill(empty[..., None], 0.0)
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sink is not None:  # one more key, whose value is 0
+        scores = torch.cat((scores, sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))
+    empty = (scores == -math.inf).all(dim=-1)  # (b, h, sq)
+    weights = scores.masked_fill(empty[..., None], 0.0).softmax(dim=-1).masked_fill(empty[..., None], 0.0)
     lse = scores.float().logsumexp(dim=-1).masked_fill(empty, -math.inf)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 

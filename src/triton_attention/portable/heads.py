@@ -1,0 +1,50 @@
+"""What is particular to one query head of one batch entry? Its place, its ALiBi slope and its sink."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from triton_attention.portable.softmax import LOG2_E
+
+
+class Slopes(NamedTuple):
+    """ALiBi's slopes (batch, heads_q): their pointer and strides, 0 where the batch shares them."""
+
+    ptr: object
+    batch: object
+    head: object
+
+
+class Extras(NamedTuple):
+    """The tensors that few calls have; each is None where SPEC says that it is absent."""
+
+    slopes: object
+    sink: object  # (heads_q,)
+
+
+class Head(NamedTuple):
+    """One query head of one batch entry."""
+
+    batch: object
+    index: object
+    slope: object  # of ALiBi, in units of log 2
+
+
+@triton.jit
+def query_head(extras, batch, index, SPEC: tl.constexpr):
+    slope = 0.0
+    if SPEC.ALIBI:
+        slope = tl.load(extras.slopes.ptr + batch * extras.slopes.batch + index * extras.slopes.head) * LOG2_E
+    return Head(batch, index, slope)
+
+
+@triton.jit
+def load_sink(extras, head, SPEC: tl.constexpr):
+    """The logit that joins the softmax's denominator, in units of log 2; -inf without one."""
+    sink = -float("inf")
+    if SPEC.SINK:
+        sink = tl.load(extras.sink + head.index).to(tl.float32) * LOG2_E
+    return sink
