@@ -8,25 +8,55 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from triton_attention.philox import draw_seed
 from triton_attention.problem import Extras, Inputs, Mask, Problem
 
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sink"  # the fields of Inputs
-_NUM_TENSORS = len(Inputs._fields)
-_CALL = "float softmax_scale, float softcap, int? left, int? right, bool top_left, str backend"
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? seed"
+_NUMBERS = "float softmax_scale, float softcap, float dropout_p, int? left, int? right, bool top_left, str backend"
+
+
+class _Call(NamedTuple):
+    """The arguments that both operators take, in the order of their schemas."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+    seed: Tensor | None
+    softmax_scale: float
+    softcap: float
+    dropout_p: float
+    left: int | None
+    right: int | None
+    top_left: bool
+    backend: str
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.left, self.right, self.top_left)
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.softcap, self.alibi_slopes, self.sink, self.dropout_p, self.seed)
+
+
+_NUM_TENSORS = _Call._fields.index("softmax_scale")
 
 torch.library.define(
     "triton_attention::attention_fwd",
-    f"({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)",
+    f"({_TENSORS}, {_NUMBERS}) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "triton_attention::attention_bwd",
-    f"(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, bool needs_dbias, {_CALL}) -> "
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool needs_dbias, {_TENSORS}, {_NUMBERS}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
 )
 
@@ -38,15 +68,14 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
             raise NotImplementedError(
                 "attention has no forward-mode derivative on the Triton backends; backend='reference' has one"
             )
-    mask = problem.mask
-    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(
-        *inputs, problem.softmax_scale, problem.softcap, *mask, backend
-    )
+    seed = draw_seed(inputs.q.device) if problem.dropout_p > 0.0 else None
+    numbers = (problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask)
+    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(*inputs, seed, *numbers, backend)
     return result
 
 
 _STAND_IN = {"hopper": "portable"}  # which backend runs what another one leaves: its backward pass, and odd layouts
-_RUN_EXTRAS = ("portable",)  # whose launchers take extras as their last argument, and return dsink as theirs
+_RUN_EXTRAS = ("portable",)  # whose launchers take extras as their last argument, and return dsink as their last result
 
 
 def _launcher(backend: str) -> ModuleType:
@@ -54,62 +83,60 @@ def _launcher(backend: str) -> ModuleType:
 
 
 @torch.library.impl("triton_attention::attention_fwd", ("cpu", "cuda"))
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, sink: Tensor | None,
-    softmax_scale: float, softcap: float, left: int | None, right: int | None, top_left: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = (q, k, v, bias, Mask(left, right, top_left), softmax_scale)
-    if backend in _RUN_EXTRAS:
-        return _launcher(backend).forward(*call, Extras(softcap, alibi_slopes, sink))  # type: ignore[no-any-return]
-    result: tuple[Tensor, Tensor] | None = _launcher(backend).forward(*call)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(*arguments)
+    plain = (call.q, call.k, call.v, call.bias, call.mask, call.softmax_scale)
+    if call.backend in _RUN_EXTRAS:
+        return _launcher(call.backend).forward(*plain, call.extras)  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor] | None = _launcher(call.backend).forward(*plain)
     if result is None:
-        return _launcher(_STAND_IN[backend]).forward(*call)  # type: ignore[no-any-return]
+        return _launcher(_STAND_IN[call.backend]).forward(*plain)  # type: ignore[no-any-return]
     return result
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, v = _Call(*arguments).q, _Call(*arguments).v
     batch, seqlen_q, heads, _ = q.shape
     return q.new_empty(batch, seqlen_q, heads, v.shape[3]), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
 
 
 @torch.library.impl("triton_attention::attention_bwd", ("cpu", "cuda"))
 def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    alibi_slopes: Tensor | None, sink: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool,
-    softmax_scale: float, softcap: float, left: int | None, right: int | None, top_left: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    mask = Mask(left, right, top_left)
-    dq, dk, dv, dbias, dsink = _launcher(_STAND_IN.get(backend, backend)).backward(
-        dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias, Extras(softcap, alibi_slopes, sink)
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(*arguments)
+    q, k, v, bias = call[:4]
+    dq, dk, dv, dbias, dsink = _launcher(_STAND_IN.get(call.backend, call.backend)).backward(
+        dout, dlse, q, k, v, bias, out, lse, call.mask, call.softmax_scale, needs_dbias, call.extras
     )
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
 
 
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    alibi_slopes: Tensor | None, sink: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *call: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    wanted = (q, k, v, bias if needs_dbias else None, sink)
-    return tuple(q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted)
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    call = _Call(*arguments)
+    wanted = (call.q, call.k, call.v, call.bias if needs_dbias else None, call.sink)
+    return tuple(
+        call.q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted
+    )
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)  # nothing that grows with seqlen^2 but the bias
-    ctx.call = inputs[_NUM_TENSORS:]
+    ctx.save_for_backward(*output, *inputs[:_NUM_TENSORS])  # but for the bias nothing that grows with seqlen^2
+    ctx.numbers = inputs[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)  # most calls use `out` alone: then there is no dlse to add
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    bias, _alibi_slopes, sink = tensors[3:]
+    out, lse, *tensors = ctx.saved_tensors
+    call = _Call(*tensors, *ctx.numbers)
     if dout is None:
         dout = torch.zeros_like(out)
-    needs_dbias = bias is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias, dsink = torch.ops.triton_attention.attention_bwd(
-        dout, dlse, *tensors, out, lse, needs_dbias, *ctx.call
-    )
-    dbias, dsink = dbias if needs_dbias else None, None if sink is None else dsink
-    return dq, dk, dv, dbias, None, dsink, *(None for _ in ctx.call)
+    needs_dbias = call.bias is not None and ctx.needs_input_grad[call._fields.index("bias")]
+    dq, dk, dv, dbias, dsink = torch.ops.triton_attention.attention_bwd(dout, dlse, out, lse, needs_dbias, *call)
+    gradients = {"q": dq, "k": dk, "v": dv, "bias": dbias if needs_dbias else None, "sink": dsink}
+    return tuple(gradients.get(name) if argument is not None else None for name, argument in call._asdict().items())
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:

@@ -6,7 +6,7 @@ and any backend agree on it:
 
     key     = the low and the high 32 bits of the seed
     counter = (key position // 4, query position, batch * heads + head, 0)
-    kept    iff word[key position % 4] >= round(dropout_p * 2**32)
+    kept    iff word[key position % 4] >= drop_below(dropout_p), which is round(dropout_p * 2**32)
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
+def drop_below(dropout_p: float) -> int:
+    """The 32-bit word from which on a probability is kept."""
+    return min(round(dropout_p * 2**32), _WORD)
+
+
 def dropout_mask(seed: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
     """The probabilities kept by dropout of rate `dropout_p`: bool (batch, heads, seqlen_q, seqlen_k), True = kept."""
 
@@ -39,7 +44,7 @@ def dropout_mask(seed: Tensor, dropout_p: float, batch: int, heads: int, seqlen_
         (seed & _WORD, seed >> 32 & _WORD),
     )
     word = torch.stack(words, dim=-1).flatten(-2)[..., :seqlen_k]  # (batch * heads, seqlen_q, seqlen_k)
-    return (word >= round(dropout_p * 2**32)).view(batch, heads, seqlen_q, seqlen_k)
+    return (word >= drop_below(dropout_p)).view(batch, heads, seqlen_q, seqlen_k)
 
 
 def philox_4x32(

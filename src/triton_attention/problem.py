@@ -106,6 +106,8 @@ class Extras(NamedTuple):
     softcap: float = 0.0  # 0.0 = none
     alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32
     sink: Tensor | None = None  # (heads_q,)
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # of dropout, int64 (); there if dropout_p > 0
 
 
 NO_EXTRAS = Extras()

@@ -9,7 +9,7 @@ from hardware import IS_HOPPER, needs_hopper
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from triton_attention import attention, explain, kernel
-from triton_attention.testing import Case, check_against_float64, make_inputs
+from triton_attention.testing import Case, check_against_float64, make_inputs, next_dropout_mask
 from triton_attention.testing.cases import CAUSAL
 
 
@@ -250,19 +250,40 @@ def test_bias_beyond_2_to_the_31_elements():
         assert (dbias[:, -1:, part] - dbias_exact).abs().max() < 2e-2 * dbias_exact.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("keywords", "reason"),
-    [
-        ({"dropout_p": 0.1}, "dropout"),
-    ],
-    ids=str,
-)
-def test_what_no_backend_runs_is_refused_with_reasons(keywords, reason):
-    q = torch.randn(1, 8, 2, 16, device="cuda", dtype=torch.bfloat16)
-    keywords = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
-    with pytest.raises(NotImplementedError, match=reason):
-        attention(q, q, q, **keywords)
-    attention(q, q, q, **keywords, backend="reference")
+@pytest.mark.parametrize("seqlen_q", [50, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dropout_keeps_what_the_reference_keeps(dtype, seqlen_q):
+    """With equal scores no probability is 0 by itself, and unit vectors say from which key it is."""
+    q, k = (torch.zeros(2, seqlen, 4, 64, device="cuda", dtype=dtype) for seqlen in (seqlen_q, 256))
+    v = torch.eye(256, device="cuda", dtype=dtype)[:, None].expand(2, 256, 4, 256)
+    expected = next_dropout_mask(q, k, 0.3)
+    assert torch.equal(attention(q, k, v, dropout_p=0.3).transpose(1, 2) != 0, expected)
+
+
+def test_dropout_in_a_cuda_graph_draws_anew_and_shares_its_mask_with_the_backward():
+    torch.use_deterministic_algorithms(False)
+    q, k = (torch.zeros(1, 64, 1, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+    v = torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None].requires_grad_()
+
+    def kept():
+        out = attention(q, k, v, dropout_p=0.5)
+        (dv,) = torch.autograd.grad(out, v, torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None])
+        return out[0, :, 0].detach() != 0, dv[0, :, 0].T != 0
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        kept()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward, backward = kept()
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(forward, backward)
+        replays.append(forward.clone())
+    assert not torch.equal(*replays)
 
 
 def test_double_on_a_gpu_is_refused_unless_the_reference_is_asked():

@@ -493,7 +493,6 @@ NO_BACKEND_ROWS = [
         "portable",
         f"{CALL}, torch.float32 on cpu, alibi, sink, softcap 2, dropout_p 0.5, forward",
         NEEDS_A_GPU,
-        "has no dropout",
         **EVERYTHING,
     ),
     *refused_by(

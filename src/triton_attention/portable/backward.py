@@ -3,8 +3,8 @@
 With P the probabilities and dP = dO V^T, the gradient of the scores is dS = P (dP - delta), where
 delta = rowsum(dO O) - dLSE, and that of the products A = softmax_scale Q K^T is dA, which is dS without a softcap.
 Then dQ = softmax_scale dA K, dK = softmax_scale dA^T Q, dV = P^T dO, and the gradient of the bias is dS, summed over
-the axes along which it is broadcast. Nothing is summed across programs: there are no atomics, and the order of every
-addition is fixed.
+the axes along which it is broadcast. Dropout leaves some of dP, and of P in dV. Nothing is summed across programs:
+there are no atomics, and the order of every addition is fixed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.portable.bias import load_bias, store_dbias
+from triton_attention.portable.dropout import kept_tile
 from triton_attention.portable.heads import query_head
 from triton_attention.portable.softmax import INFINITY, LOG2_E, score_tile
 from triton_attention.portable.tiles import (
@@ -93,7 +94,7 @@ def score_gradient(
     queries, keys, bias, head, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """(P, dS, dA) of a tile, float32 (BLOCK_M, BLOCK_N), or their transposes."""
+    """(P, dS, dA) of a tile, float32 (BLOCK_M, BLOCK_N), or their transposes. Dropped probabilities are 0 in P."""
     scores, slope = score_tile(
         queries.q, keys.k, bias, head, queries.start, keys.start, call, SPEC, TILE, MASKED, TRANSPOSED
     )
@@ -106,7 +107,12 @@ def score_gradient(
         lse, delta = queries.lse[:, None], queries.delta[:, None]
         dweights = tl.dot(queries.dout, tl.trans(keys.v), input_precision=SPEC.PRECISION)
     weights = tl.exp2(scores - lse)
-    dscores = weights * (dweights - delta)
+    if SPEC.DROPOUT:
+        kept = kept_tile(head, queries.start, keys.start, call, SPEC, TILE, TRANSPOSED)
+        dscores = weights * (tl.where(kept, dweights * call.kept_factor, 0.0) - delta)
+        weights = tl.where(kept, weights, 0.0)
+    else:
+        dscores = weights * (dweights - delta)
     dproducts = dscores
     if SPEC.SOFTCAP:
         dproducts *= slope
@@ -191,6 +197,8 @@ def attention_bwd_dkdv(
             store_rows(dbias, grads.dbias, batch, index, start_n, call.heads_q, call.seqlen_k)
         dk_tile, dv_tile = grads.dk, grads.dv
     store_tile(dk, dk_tile * call.softmax_scale, batch, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM)
+    if SPEC.DROPOUT:
+        dv_tile *= call.kept_factor
     store_tile(dv, dv_tile, batch, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM_V)
 
 

@@ -29,6 +29,7 @@ class Spec:
     SOFTCAP: bool
     ALIBI: bool
     SINK: bool
+    DROPOUT: bool
     PRECISION: str = "ieee"  # of float32 products; tf32 would lose 13 bits silently
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.portable.bias import load_bias
+from triton_attention.portable.dropout import kept_tile
 from triton_attention.portable.heads import load_sink, query_head
 from triton_attention.portable.softmax import score_tile, softmax_begin, softmax_end, softmax_update
 from triton_attention.portable.tiles import key_range, load_tile, store_rows, store_tile, tile_order
@@ -31,13 +32,14 @@ def attend(
             v, head.batch, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA,
             not MASKED,
         )  # fmt: skip
-        state = softmax_update(state, scores, call.scale_log2 if SPEC.RAW_SCORES else 1.0, v_tile, SPEC)
+        kept = kept_tile(head, start_m, start_n, call, SPEC, TILE, TRANSPOSED=False)
+        state = softmax_update(state, scores, call.scale_log2 if SPEC.RAW_SCORES else 1.0, kept, v_tile, SPEC)
     return state
 
 
 @triton.jit
 def attention_fwd(q, k, v, bias, extras, out, lse, call, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """out = softmax(scores) v and lse = log sum exp of the scores, with the sink in it: see `score_tile`.
+    """out = dropout(softmax(scores)) v and lse = log sum exp of the scores, with the sink in it: see `score_tile`.
 
     Grid: one program for each block of BLOCK_M queries of each head of each batch entry. It owns these rows of
     `out` (batch, seqlen_q, heads_q, head_dim_v) and `lse` (batch, heads_q, seqlen_q), and visits the keys they see.
@@ -55,6 +57,6 @@ def attention_fwd(q, k, v, bias, extras, out, lse, call, SPEC: tl.constexpr, TIL
         state = attend(state, q_tile, k, v, bias, head, start_m, begin, full_begin, call, SPEC, TILE, True)
     state = attend(state, q_tile, k, v, bias, head, start_m, full_begin, full_end, call, SPEC, TILE, False)
     state = attend(state, q_tile, k, v, bias, head, start_m, full_end, end, call, SPEC, TILE, True)
-    out_tile, lse_rows = softmax_end(state)
+    out_tile, lse_rows = softmax_end(state, call, SPEC)
     store_tile(out, out_tile, batch, index, start_m, call.seqlen_q, SPEC.HEAD_DIM_V)
     store_rows(lse, lse_rows, batch, index, start_m, call.heads_q, call.seqlen_q)

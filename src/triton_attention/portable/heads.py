@@ -1,4 +1,4 @@
-"""What is particular to one query head of one batch entry? Its place, its ALiBi slope and its sink."""
+"""What is particular to one query head of one batch entry? Its place, its ALiBi slope, its sink, and dropout's seed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Extras(NamedTuple):
 
     slopes: object
     sink: object  # (heads_q,)
+    seed: object  # one number
 
 
 class Head(NamedTuple):
@@ -31,6 +32,7 @@ class Head(NamedTuple):
     batch: object
     index: object
     slope: object  # of ALiBi, in units of log 2
+    seed: object  # of dropout
 
 
 @triton.jit
@@ -38,7 +40,10 @@ def query_head(extras, batch, index, SPEC: tl.constexpr):
     slope = 0.0
     if SPEC.ALIBI:
         slope = tl.load(extras.slopes.ptr + batch * extras.slopes.batch + index * extras.slopes.head) * LOG2_E
-    return Head(batch, index, slope)
+    seed = 0
+    if SPEC.DROPOUT:
+        seed = tl.load(extras.seed)
+    return Head(batch, index, slope, seed)
 
 
 @triton.jit

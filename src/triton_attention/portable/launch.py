@@ -30,6 +30,7 @@ from triton_attention.arguments import (
     with_unit_last_stride,
 )
 from triton_attention.kernel import ForwardPlan, Launch, run
+from triton_attention.philox import drop_below
 from triton_attention.portable import backward as bwd
 from triton_attention.portable import forward as fwd
 from triton_attention.portable.bias import BiasTensor
@@ -187,7 +188,7 @@ class _Planner:
         scale = settings.softmax_scale
         numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, *bounds, scale, scale * _LOG2_E)
         types = _CALL_TYPES
-        softcap, slopes, sink = settings.extras
+        softcap, slopes, sink, dropout_p, seed = settings.extras
         if softcap > 0.0:
             smallest, largest = _SOFTCAPS
             numbers = numbers._replace(softcap=min(max(softcap, smallest), largest) * _LOG2_E)
@@ -195,8 +196,11 @@ class _Planner:
         if slopes is not None:
             numbers = numbers._replace(diagonal=settings.mask.diagonal(seqlen_q, seqlen_k))
             types = types._replace(diagonal="i32")
+        if seed is not None:
+            numbers = numbers._replace(drop_below=drop_below(dropout_p), kept_factor=1.0 / (1.0 - dropout_p))
+            types = types._replace(drop_below="u32", kept_factor="fp32")
         self.call = Argument(numbers, types)
-        self.extras = _extras(slopes, sink, (batch, heads))
+        self.extras = _extras(slopes, sink, seed, (batch, heads))
 
     def variant(self, kernel: str, dbias: str = "none") -> tuple[Spec, Tile]:
         head_dim, head_dim_v = self.q.shape[3], self.v.shape[3]
@@ -217,6 +221,7 @@ class _Planner:
             SOFTCAP=capped,
             ALIBI=sloped,
             SINK=extras.sink is not None,
+            DROPOUT=extras.seed is not None,
         )
         tile = tile_for(kernel, self.settings.family, self.access, spec)
         if tile.TMA and self.bias is not None and all(self.varies) and has_aligned_rows(self.bias):
@@ -296,16 +301,16 @@ def _bias(tensor: Tensor) -> Argument:
     return Argument(BiasTensor(tensor, batch, head, row), types)
 
 
-def _extras(slopes: Tensor | None, sink: Tensor | None, batch_heads: tuple[int, int]) -> Argument:
-    if slopes is None and sink is None:
+def _extras(slopes: Tensor | None, sink: Tensor | None, seed: Tensor | None, batch_heads: tuple[int, int]) -> Argument:
+    if slopes is None and sink is None and seed is None:
         return ABSENT
-    slopes_argument = sink_argument = ABSENT
+    slopes_argument = ABSENT
     if slopes is not None:
         types = Slopes(pointer_type(slopes), "i64", "i64")
         slopes_argument = Argument(Slopes(slopes, *slopes.expand(batch_heads).stride()), types)
-    if sink is not None:
-        sink_argument = flat(sink.contiguous())
-    arguments = (slopes_argument, sink_argument)
+    sink_argument = ABSENT if sink is None else flat(sink.contiguous())
+    seed_argument = ABSENT if seed is None else flat(seed)
+    arguments = (slopes_argument, sink_argument, seed_argument)
     return Argument(ExtraTensors(*(x.value for x in arguments)), ExtraTensors(*(x.type for x in arguments)))
 
 

@@ -99,24 +99,29 @@ def softmax_begin(sink, SPEC: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def softmax_update(state, scores, scale, v, SPEC: tl.constexpr):
+def softmax_update(state, scores, scale, kept, v, SPEC: tl.constexpr):
     """Take in a block of keys whose scores, times `scale` > 0, are in units of log 2.
 
-    A row that has seen no visible key keeps row_max = -inf and is shifted by 0, so that -inf - -inf never appears.
+    Dropout decides which weights count for the values; all of them count for the sum. A row that has seen no visible
+    key keeps row_max = -inf and is shifted by 0, so that -inf - -inf never appears.
     """
     row_max = tl.maximum(state.row_max, tl.max(scores, 1) * scale)
     shift = tl.where(row_max == -INFINITY, 0.0, row_max)
     weights = tl.exp2(scores * scale - shift[:, None])  # (BLOCK_M, BLOCK_N)
     correction = tl.exp2(state.row_max - shift)
     row_sum = state.row_sum * correction + tl.sum(weights, 1)
+    if SPEC.DROPOUT:
+        weights = tl.where(kept, weights, 0.0)
     acc = tl.dot(weights.to(v.dtype), v, state.acc * correction[:, None], input_precision=SPEC.PRECISION)
     return SoftmaxState(row_max, row_sum, acc)
 
 
 @triton.jit
-def softmax_end(state):
+def softmax_end(state, call, SPEC: tl.constexpr):
     """(output tile, log-sum-exp): rows that saw no key give 0 and -inf."""
     empty = state.row_sum == 0.0
     out = state.acc / tl.where(empty, 1.0, state.row_sum)[:, None]
+    if SPEC.DROPOUT:
+        out *= call.kept_factor
     lse = (state.row_max + tl.log2(state.row_sum)) * LN_2
     return out, tl.where(empty, -INFINITY, lse)

@@ -44,6 +44,8 @@ class Call(NamedTuple):
     scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
     softcap: object = None  # in units of log 2
     diagonal: object = None  # the j - i where ALiBi adds nothing
+    drop_below: object = None  # dropout keeps a probability iff its 32 bits are at least this
+    kept_factor: object = None  # 1 / (1 - dropout_p)
 
 
 @triton.jit

@@ -36,6 +36,7 @@ class Case(NamedTuple):
     softcap: float = 0.0
     alibi: str | None = None  # "h" or "bh": the axes of the slopes
     sink: bool = False
+    dropout_p: float = 0.0
     dtype: torch.dtype = torch.float16
 
     @property
@@ -102,6 +103,7 @@ def _features() -> Iterator[Case]:
         alibi=(None, "h", "bh"),
         softcap=(0.0, 3.0),
         sink=(False, True),
+        dropout_p=(0.0, 0.3),
         heads=((2, None), (4, 2)),
         dtype=(torch.float16, torch.float32),
     ):
@@ -151,7 +153,10 @@ CASES: tuple[Case, ...] = (
     Case(37, 45, 40, mask=CAUSAL, dtype=torch.float32),
     *(Case(35, 40, 16, bias=b, dtype=torch.float32) for b in ("1h1k", "1hqk", "b1qk", "bhqk")),
     Case(35, 40, 16, bias="1hqk", bias_dtype=torch.float16, dtype=torch.float32),
-    # softcap, ALiBi, sink: each alone, and all in pairs
-    *(Case(50, 61, 16, mask=CAUSAL, **feature) for feature in ({"softcap": 2.0}, {"alibi": "h"}, {"sink": True})),
+    # softcap, ALiBi, sink, dropout: each alone, and all in pairs
+    Case(50, 61, 16, mask=CAUSAL, softcap=2.0),
+    Case(50, 61, 16, mask=CAUSAL, alibi="h"),
+    Case(50, 61, 16, mask=CAUSAL, sink=True),
+    Case(50, 61, 16, mask=CAUSAL, dropout_p=0.3),
     *_features(),
 )

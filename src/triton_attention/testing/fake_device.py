@@ -55,7 +55,9 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
     if backend == "hopper":
         return [hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS).launch]
     family = gpu_family(target.backend, target.arch)
-    settings = Settings(problem.mask, problem.softmax_scale, family, Extras(problem.softcap, slopes, sink))
+    seed = torch.empty((), dtype=torch.int64, device="meta") if problem.dropout_p > 0.0 else None
+    extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed)
+    settings = Settings(problem.mask, problem.softmax_scale, family, extras)
     forward = plan_forward(q, k, v, bias, settings)
     dout = torch.empty_like(forward.out)
     needs_dbias = bias is not None and bias.dtype != torch.bool

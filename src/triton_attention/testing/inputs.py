@@ -52,7 +52,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         mask=case.mask,
         softmax_scale=case.softmax_scale,
         softcap=case.softcap,
-        dropout_p=0.0,
+        dropout_p=case.dropout_p,
         deterministic=False,
     )
     return inputs, problem

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_attention import reference
 from triton_attention.problem import Inputs, Problem
+from triton_attention.testing.dropout import next_dropout_mask
 
 Attention = Callable[[Inputs, Problem], tuple[Tensor, Tensor]]  # -> (out, lse)
 
@@ -60,6 +61,7 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
     dlse = torch.randn(batch, heads, seqlen_q, generator=generator, device=problem.device)
 
     def results(function: Attention, like: Inputs) -> dict[str, Tensor]:
+        torch.manual_seed(seed)  # the same dropout for each
         out, lse = function(like, problem._replace(dtype=like.q.dtype))
         wanted = {
             f"d{name}": tensor for name, tensor in like._asdict().items() if tensor is not None and tensor.requires_grad
@@ -123,6 +125,10 @@ def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tens
     empty = (scores == -math.inf).all(dim=-1)  # (b, h, sq)
     weights = scores.masked_fill(empty[..., None], 0.0).softmax(dim=-1).masked_fill(empty[..., None], 0.0)
     lse = scores.float().logsumexp(dim=-1).masked_fill(empty, -math.inf)
+    if problem.dropout_p > 0.0:
+        kept = next_dropout_mask(q, inputs.k, problem.dropout_p)
+        kept = torch.nn.functional.pad(kept, (0, weights.shape[-1] - kept.shape[-1]))  # the sink's value is 0
+        weights = weights.masked_fill(~kept, 0.0) / (1.0 - problem.dropout_p)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
