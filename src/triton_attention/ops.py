@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from triton_attention.philox import draw_seed
-from triton_attention.problem import Extras, Inputs, Mask, Problem
+from triton_attention.problem import Extras, Inputs, Mask, Packing, Problem
 
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? seed"
-_NUMBERS = "float softmax_scale, float softcap, float dropout_p, int? left, int? right, bool top_left, str backend"
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seed"
+)
+_NUMBERS = (
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float softmax_scale, float softcap, float dropout_p, int? left, "
+    "int? right, bool top_left, str backend"
+)
 
 
 class _Call(NamedTuple):
@@ -30,7 +36,11 @@ class _Call(NamedTuple):
     bias: Tensor | None
     alibi_slopes: Tensor | None
     sink: Tensor | None
+    cu_seqlens_q: Tensor | None  # sequences are packed if these are there
+    cu_seqlens_k: Tensor | None
     seed: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
     softmax_scale: float
     softcap: float
     dropout_p: float
@@ -45,10 +55,12 @@ class _Call(NamedTuple):
 
     @property
     def extras(self) -> Extras:
-        return Extras(self.softcap, self.alibi_slopes, self.sink, self.dropout_p, self.seed)
+        packing: Any = (self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k)
+        packing = None if self.cu_seqlens_q is None else Packing._make(packing)
+        return Extras(self.softcap, self.alibi_slopes, self.sink, self.dropout_p, self.seed, packing)
 
 
-_NUM_TENSORS = _Call._fields.index("softmax_scale")
+_NUM_TENSORS = _Call._fields.index("max_seqlen_q")
 
 torch.library.define(
     "triton_attention::attention_fwd",
@@ -69,8 +81,9 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
                 "attention has no forward-mode derivative on the Triton backends; backend='reference' has one"
             )
     seed = draw_seed(inputs.q.device) if problem.dropout_p > 0.0 else None
+    lengths = (problem.seqlen_q, problem.seqlen_k) if problem.varlen else (None, None)
     numbers = (problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask)
-    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(*inputs, seed, *numbers, backend)
+    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(*inputs, seed, *lengths, *numbers, backend)
     return result
 
 
@@ -96,8 +109,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, v = _Call(*arguments).q, _Call(*arguments).v
-    batch, seqlen_q, heads, _ = q.shape
-    return q.new_empty(batch, seqlen_q, heads, v.shape[3]), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+    *batch, seqlen_q, heads, _ = q.shape
+    return q.new_empty(*batch, seqlen_q, heads, v.shape[-1]), q.new_empty(*batch, heads, seqlen_q, dtype=torch.float32)
 
 
 @torch.library.impl("triton_attention::attention_bwd", ("cpu", "cuda"))

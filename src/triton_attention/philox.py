@@ -30,15 +30,20 @@ def drop_below(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), _WORD)
 
 
-def dropout_mask(seed: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """The probabilities kept by dropout of rate `dropout_p`: bool (batch, heads, seqlen_q, seqlen_k), True = kept."""
+def dropout_mask(
+    seed: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int, first_batch: int = 0
+) -> Tensor:
+    """The probabilities kept by dropout of rate `dropout_p`: bool (batch, heads, seqlen_q, seqlen_k), True = kept.
+
+    They are those of the batch entries from `first_batch` on.
+    """
 
     def positions(size: int) -> Tensor:
         return torch.arange(size, dtype=torch.int64, device=seed.device)
 
     key_blocks = positions((seqlen_k + 3) // 4)
     queries = positions(seqlen_q)[:, None]
-    batch_heads = positions(batch * heads)[:, None, None]
+    batch_heads = (first_batch * heads + positions(batch * heads))[:, None, None]
     words = philox_4x32(
         (key_blocks, queries, batch_heads, torch.zeros_like(key_blocks)),
         (seed & _WORD, seed >> 32 & _WORD),

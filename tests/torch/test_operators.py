@@ -29,6 +29,8 @@ CASES = {
     "softcap, ALiBi, sink": Case(5, 7, 16, batch=1, softcap=2.0, alibi="h", sink=True, dtype=FLOAT32),
     "ALiBi of the batch, sink, bias": Case(5, 7, 16, alibi="bh", sink=True, bias="1h1k", mask=CAUSAL),
     "dropout": Case(5, 7, 16, batch=1, heads_q=1, dropout_p=0.4, dtype=FLOAT32),
+    "packed sequences": Case(5, 7, 16, 8, heads_kv=1, lengths=((5, 7), (0, 2), (1, 1)), mask=CAUSAL, dtype=FLOAT32),
+    "packed sequences, bias": Case(5, 7, 16, lengths=((5, 7), (2, 3)), unused=(3, 1), bias="1hqk", sink=True),
     "transposed, head dims differ": Case(5, 7, 16, 8, batch=1, layout="bhsd", dtype=FLOAT32),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -39,7 +41,8 @@ backward_operator = torch.ops.triton_attention.attention_bwd
 def call_of(inputs, problem):
     """The arguments that both operators take."""
     seed = torch.tensor(7) if problem.dropout_p > 0.0 else None
-    return *inputs, seed, problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask, "portable"
+    lengths = (problem.seqlen_q, problem.seqlen_k) if problem.varlen else (None, None)
+    return *inputs, seed, *lengths, problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask, "portable"
 
 
 def backward_arguments(case, uses_lse, needs_dbias):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_attention import attention
+from triton_attention import attention, attention_varlen
 from triton_attention.compat import flash_attn, flash_attn_triton
 from triton_attention.compat.sdpa import scaled_dot_product_attention
 from triton_attention.portable import launch
@@ -125,6 +125,26 @@ def test_one_graph_for_all_lengths(monkeypatch, face):
         for lengths in LENGTHS:
             assert_equals_eager(compiled, face, lengths)
     assert run_forward.call_count == 2 * len(LENGTHS)  # compiled and eager, and no other backend
+
+
+def test_packed_sequences_are_one_graph_for_all_lengths():
+    def capped(q, k, v, bias, starts_q, starts_k, max_seqlen_q, max_seqlen_k):
+        return attention_varlen(
+            q, k, v, bias=bias, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, causal=True, softcap=2.0,
+        )  # fmt: skip
+
+    compiled = torch.compile(capped, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seqlen_q, seqlen_k in LENGTHS:
+            starts = [torch.tensor([0, 2, n + 2], dtype=torch.int32) for n in (seqlen_q, seqlen_k)]
+            shapes = ((seqlen_q + 2, 2, 16), (seqlen_k + 2, 1, 16), (seqlen_k + 2, 1, 16), (2, seqlen_q, seqlen_k))
+            leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+            outcomes = []
+            for function in (compiled, capped):
+                out = function(*leaves, *starts, seqlen_q, seqlen_k)
+                outcomes.append((out, torch.autograd.grad(out.square().sum(), leaves)))
+            torch.testing.assert_close(*outcomes)
 
 
 def test_dropout_is_one_graph_whose_passes_share_their_mask():

@@ -14,16 +14,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_attention.portable.bias import load_bias, store_dbias
+from triton_attention.portable.bias import load_bias, store_dbias, store_dbias_sums
 from triton_attention.portable.dropout import kept_tile
 from triton_attention.portable.heads import query_head
+from triton_attention.portable.schedule import Entry, own_block, sequence, with_lengths
 from triton_attention.portable.softmax import INFINITY, LOG2_E, score_tile
 from triton_attention.portable.tiles import (
     key_range,
     load_rows,
     load_tile,
     query_range,
-    store_rows,
+    rows_origin,
     store_tile,
     tile_order,
 )
@@ -40,8 +41,8 @@ class Saved(NamedTuple):
     bias: object
     extras: object
     dout: object
-    lse: object  # (batch, heads_q, seqlen_q padded), in units of log 2
-    delta: object  # (batch, heads_q, seqlen_q padded)
+    lse: object  # (batch, heads_q, seqlen_q padded), in units of log 2; see `padded_rows`
+    delta: object
 
 
 class Queries(NamedTuple):
@@ -63,29 +64,47 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def padded_rows(batch, head, start, call, BLOCK_M: tl.constexpr):
-    """Offsets into a (batch, heads_q, seqlen_q) tensor whose rows are padded, so that no block needs a mask."""
-    padded = tl.cdiv(call.seqlen_q, ROW_PADDING) * ROW_PADDING
-    return tl.cast(batch * call.heads_q + head, tl.int64) * padded + start + tl.arange(0, BLOCK_M)
+def padded_rows(head, start, call, SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Offsets into a (batch, heads_q, seqlen_q) tensor whose rows are padded, so that no block needs a mask.
+
+    Packed sequences are padded one by one: each begins at the number of its first tile, see `sequence_of`.
+    """
+    if SPEC.VARLEN:
+        packing = call.packing
+        padded = (packing.total_q // ROW_PADDING + packing.batch + 1) * ROW_PADDING
+        begin = (head.rows_q // ROW_PADDING + head.batch) * ROW_PADDING
+        origin = tl.cast(head.index, tl.int64) * padded + begin + start
+    else:
+        padded = tl.cdiv(call.seqlen_q, ROW_PADDING) * ROW_PADDING
+        origin = tl.cast(head.batch * call.heads_q + head.index, tl.int64) * padded + start
+    return origin + tl.arange(0, BLOCK_M)
 
 
 @triton.jit
 def load_queries(saved, head, start, call, SPEC: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
     seqlen = call.seqlen_q
-    batch, index = head.batch, head.index
-    q = load_tile(saved.q, batch, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL)
-    dout = load_tile(
-        saved.dout, batch, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL
+    rows, index = head.rows_q, head.index
+    q = load_tile(
+        saved.q, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL, SPEC.VARLEN
     )
-    rows = padded_rows(batch, index, start, call, TILE.BLOCK_M)
-    return Queries(q, dout, tl.load(saved.lse + rows), tl.load(saved.delta + rows), start)
+    dout = load_tile(
+        saved.dout, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL,
+        SPEC.VARLEN,
+    )  # fmt: skip
+    padded = padded_rows(head, start, call, SPEC, TILE.BLOCK_M)
+    return Queries(q, dout, tl.load(saved.lse + padded), tl.load(saved.delta + padded), start)
 
 
 @triton.jit
-def load_keys(saved, batch, head_kv, start, call, SPEC: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
+def load_keys(saved, rows, head_kv, start, call, SPEC: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
     seqlen = call.seqlen_k
-    k = load_tile(saved.k, batch, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL)
-    v = load_tile(saved.v, batch, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL)
+    k = load_tile(
+        saved.k, rows, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL, SPEC.VARLEN
+    )
+    v = load_tile(
+        saved.v, rows, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL,
+        SPEC.VARLEN,
+    )  # fmt: skip
     return Keys(k, v, start)
 
 
@@ -120,25 +139,36 @@ def score_gradient(
 
 
 @triton.jit
-def attention_bwd_rows(out, dout, lse, dlse, lse_log2, delta, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+def attention_bwd_rows(out, dout, lse, dlse, extras, lse_log2, delta, call, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The two numbers a query that the other kernels read: delta = rowsum(dout * out) - dlse, and lse / log(2).
 
     A query without visible keys, or in the padding, gets lse = +inf: all its probabilities become 0.
     Grid: one program for each block of BLOCK_M padded queries of each head of each batch entry.
     """
-    seqlen, heads = call.seqlen_q, call.heads_q
-    num_blocks = tl.cdiv(seqlen, ROW_PADDING) * (ROW_PADDING // TILE.BLOCK_M)
-    block, head, batch = tile_order(tl.program_id(0), num_blocks, heads, False)
-    start = block * TILE.BLOCK_M
-    o = load_tile(out, batch, head, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False)
-    do = load_tile(dout, batch, head, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False)
+    if SPEC.VARLEN:
+        start, index, entry, call = own_block(extras, call, call.heads_q, False, False, SPEC, TILE.BLOCK_M)
+    else:
+        num_blocks = tl.cdiv(call.seqlen_q, ROW_PADDING) * (ROW_PADDING // TILE.BLOCK_M)
+        block, index, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, False)
+        start = block * TILE.BLOCK_M
+        entry = Entry(batch, batch, batch)
+    seqlen = call.seqlen_q
+    head = query_head(extras, entry, index, call, SPEC)
+    rows = head.rows_q
+    o = load_tile(
+        out, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False, SPEC.VARLEN
+    )
+    do = load_tile(
+        dout, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False, SPEC.VARLEN
+    )
     delta_rows = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    origin = rows_origin(head, call, SPEC)
     if dlse is not None:
-        delta_rows -= load_rows(dlse, batch, head, start, heads, seqlen, 0.0, TILE.BLOCK_M)
-    lse_rows = load_rows(lse, batch, head, start, heads, seqlen, -INFINITY, TILE.BLOCK_M) * LOG2_E
-    rows = padded_rows(batch, head, start, call, TILE.BLOCK_M)
-    tl.store(delta + rows, delta_rows)
-    tl.store(lse_log2 + rows, tl.where(lse_rows == -INFINITY, INFINITY, lse_rows))
+        delta_rows -= load_rows(dlse, origin, start, seqlen, 0.0, TILE.BLOCK_M)
+    lse_rows = load_rows(lse, origin, start, seqlen, -INFINITY, TILE.BLOCK_M) * LOG2_E
+    padded = padded_rows(head, start, call, SPEC, TILE.BLOCK_M)
+    tl.store(delta + padded, delta_rows)
+    tl.store(lse_log2 + padded, tl.where(lse_rows == -INFINITY, INFINITY, lse_rows))
 
 
 class KeyGradients(NamedTuple):
@@ -179,27 +209,26 @@ def attention_bwd_dkdv(
     and `dv`, and with SPEC.DBIAS == "cols" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k).
     """
     saved = Saved(q, k, v, bias, extras, dout, lse, delta)
-    num_blocks = tl.cdiv(call.seqlen_k, TILE.BLOCK_N)
-    block, head_kv, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q // call.group, False)
-    start_n = block * TILE.BLOCK_N
+    heads_kv = call.heads_q // call.group
+    start_n, head_kv, entry, call = own_block(extras, call, heads_kv, True, False, SPEC, TILE.BLOCK_N)
     begin, full_begin, full_end, end = query_range(start_n, call, SPEC, TILE)
-    keys = load_keys(saved, batch, head_kv, start_n, call, SPEC, TILE, False)
+    keys = load_keys(saved, entry.rows_k, head_kv, start_n, call, SPEC, TILE, TILE.TMA)
     dk_tile = tl.full([TILE.BLOCK_N, SPEC.BLOCK_D], 0.0, tl.float32)
     dv_tile = tl.full([TILE.BLOCK_N, SPEC.BLOCK_DV], 0.0, tl.float32)
     for index in range(head_kv * call.group, (head_kv + 1) * call.group):
-        head = query_head(extras, batch, index, SPEC)
+        head = query_head(extras, entry, index, call, SPEC)
         grads = KeyGradients(dk_tile, dv_tile, tl.full([TILE.BLOCK_N], 0.0, tl.float32))
         if SPEC.HAS_UPPER:
             grads = visit_queries(grads, keys, saved, head, begin, full_begin, call, SPEC, TILE, True)
         grads = visit_queries(grads, keys, saved, head, full_begin, full_end, call, SPEC, TILE, False)
         grads = visit_queries(grads, keys, saved, head, full_end, end, call, SPEC, TILE, True)
         if SPEC.DBIAS == "cols":
-            store_rows(dbias, grads.dbias, batch, index, start_n, call.heads_q, call.seqlen_k)
+            store_dbias_sums(dbias, grads.dbias, head, start_n, call, True, SPEC)
         dk_tile, dv_tile = grads.dk, grads.dv
-    store_tile(dk, dk_tile * call.softmax_scale, batch, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM)
+    store_tile(dk, dk_tile * call.softmax_scale, entry.rows_k, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM)
     if SPEC.DROPOUT:
         dv_tile *= call.kept_factor
-    store_tile(dv, dv_tile, batch, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM_V)
+    store_tile(dv, dv_tile, entry.rows_k, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM_V)
 
 
 class QueryGradients(NamedTuple):
@@ -215,7 +244,7 @@ def visit_keys(
 ):
     """Add what the keys [begin, end) contribute to a block of queries."""
     for start_n in range(begin, end, TILE.BLOCK_N):
-        keys = load_keys(saved, head.batch, head.index // call.group, start_n, call, SPEC, TILE, not MASKED)
+        keys = load_keys(saved, head.rows_k, head.index // call.group, start_n, call, SPEC, TILE, not MASKED)
         bias = load_bias(saved.bias, head.batch, head.index, queries.start, start_n, call, SPEC, TILE)
         _weights, dscores, dproducts = score_gradient(
             queries, keys, bias, head, call, SPEC, TILE, MASKED, TRANSPOSED=False
@@ -239,12 +268,10 @@ def attention_bwd_dq(q, k, v, bias, extras, dout, lse, delta, dq, dbias, call, S
     writes where a key is visible; with "rows" the sums of dS over the keys, `dbias` (batch, heads_q, seqlen_q).
     """
     saved = Saved(q, k, v, bias, extras, dout, lse, delta)
-    num_blocks = tl.cdiv(call.seqlen_q, TILE.BLOCK_M)
-    block, index, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, SPEC.HAS_UPPER)
-    start_m = block * TILE.BLOCK_M
+    start_m, index, entry, call = own_block(extras, call, call.heads_q, False, SPEC.HAS_UPPER, SPEC, TILE.BLOCK_M)
     begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
-    head = query_head(extras, batch, index, SPEC)
-    queries = load_queries(saved, head, start_m, call, SPEC, TILE, False)
+    head = query_head(extras, entry, index, call, SPEC)
+    queries = load_queries(saved, head, start_m, call, SPEC, TILE, TILE.TMA)
     grads = QueryGradients(
         tl.full([TILE.BLOCK_M, SPEC.BLOCK_D], 0.0, tl.float32), tl.full([TILE.BLOCK_M], 0.0, tl.float32)
     )
@@ -252,9 +279,9 @@ def attention_bwd_dq(q, k, v, bias, extras, dout, lse, delta, dq, dbias, call, S
         grads = visit_keys(grads, queries, saved, dbias, head, begin, full_begin, call, SPEC, TILE, True)
     grads = visit_keys(grads, queries, saved, dbias, head, full_begin, full_end, call, SPEC, TILE, False)
     grads = visit_keys(grads, queries, saved, dbias, head, full_end, end, call, SPEC, TILE, True)
-    store_tile(dq, grads.dq * call.softmax_scale, batch, index, start_m, call.seqlen_q, SPEC.HEAD_DIM)
+    store_tile(dq, grads.dq * call.softmax_scale, head.rows_q, index, start_m, call.seqlen_q, SPEC.HEAD_DIM)
     if SPEC.DBIAS == "rows":
-        store_rows(dbias, grads.dbias, batch, index, start_m, call.heads_q, call.seqlen_q)
+        store_dbias_sums(dbias, grads.dbias, head, start_m, call, False, SPEC)
 
 
 class Sharing(NamedTuple):
@@ -275,13 +302,34 @@ def visit_sharers(
     for i in range(begin, end):
         batch = first_batch + i // sharing.shared_heads
         index = first_head + i % sharing.shared_heads
-        head = query_head(saved.extras, batch, index, SPEC)
+        head = query_head(saved.extras, Entry(batch, batch, batch), index, call, SPEC)
         queries = load_queries(saved, head, start_m, call, SPEC, TILE, not MASKED)
         keys = load_keys(saved, batch, index // call.group, start_n, call, SPEC, TILE, not MASKED)
         _weights, dscores, _dproducts = score_gradient(
             queries, keys, bias, head, call, SPEC, TILE, MASKED, TRANSPOSED=False
         )
         grad += dscores
+    return grad
+
+
+@triton.jit
+def visit_sequences(
+    grad, saved, first_batch, first_head, start_m, start_n, sharing, packed, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """The same where sequences are packed: each sharer has lengths of its own, and may not reach the tile."""
+    for i in range(0, sharing.shared_batches * sharing.shared_heads):
+        entry, seqlen_q, seqlen_k = sequence(saved.extras, first_batch + i // sharing.shared_heads, packed)
+        call = with_lengths(packed, seqlen_q, seqlen_k)
+        begin, _full_begin, _full_end, end = key_range(start_m, call, SPEC, TILE)
+        if (start_m < seqlen_q) & (start_n < end) & (start_n + TILE.BLOCK_N > begin):
+            head = query_head(saved.extras, entry, first_head + i % sharing.shared_heads, call, SPEC)
+            bias = load_bias(saved.bias, first_batch, first_head, start_m, start_n, call, SPEC, TILE)
+            queries = load_queries(saved, head, start_m, call, SPEC, TILE, False)
+            keys = load_keys(saved, head.rows_k, head.index // call.group, start_n, call, SPEC, TILE, False)
+            _weights, dscores, _dproducts = score_gradient(
+                queries, keys, bias, head, call, SPEC, TILE, MASKED=True, TRANSPOSED=False
+            )
+            grad += dscores
     return grad
 
 
@@ -300,17 +348,20 @@ def attention_bwd_dbias(
     block, head, batch = tile_order(tl.program_id(0), num_blocks, sharing.heads, False)
     start_m = block // blocks_n * TILE.BLOCK_M
     start_n = block % blocks_n * TILE.BLOCK_N
-    begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
-    sharers = sharing.shared_batches * sharing.shared_heads
-    seen = tl.where((start_n < end) & (start_n + TILE.BLOCK_N > begin), sharers, 0)
-    full_rows = start_m + TILE.BLOCK_M <= call.seqlen_q
-    full = tl.where((start_n >= full_begin) & (start_n + TILE.BLOCK_N <= full_end) & full_rows, seen, 0)
-    bias_tile = load_bias(bias, batch, head, start_m, start_n, call, SPEC, TILE)
     grad = tl.full([TILE.BLOCK_M, TILE.BLOCK_N], 0.0, tl.float32)
-    grad = visit_sharers(
-        grad, bias_tile, saved, batch, head, start_m, start_n, 0, full, sharing, call, SPEC, TILE, False
-    )
-    grad = visit_sharers(
-        grad, bias_tile, saved, batch, head, start_m, start_n, full, seen, sharing, call, SPEC, TILE, True
-    )
+    if SPEC.VARLEN:
+        grad = visit_sequences(grad, saved, batch, head, start_m, start_n, sharing, call, SPEC, TILE)
+    else:
+        begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
+        sharers = sharing.shared_batches * sharing.shared_heads
+        seen = tl.where((start_n < end) & (start_n + TILE.BLOCK_N > begin), sharers, 0)
+        full_rows = start_m + TILE.BLOCK_M <= call.seqlen_q
+        full = tl.where((start_n >= full_begin) & (start_n + TILE.BLOCK_N <= full_end) & full_rows, seen, 0)
+        bias_tile = load_bias(bias, batch, head, start_m, start_n, call, SPEC, TILE)
+        grad = visit_sharers(
+            grad, bias_tile, saved, batch, head, start_m, start_n, 0, full, sharing, call, SPEC, TILE, False
+        )
+        grad = visit_sharers(
+            grad, bias_tile, saved, batch, head, start_m, start_n, full, seen, sharing, call, SPEC, TILE, True
+        )
     store_dbias(dbias, grad, batch, head, start_m, start_n, call, SPEC, TILE)

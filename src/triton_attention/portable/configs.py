@@ -30,6 +30,7 @@ class Spec:
     ALIBI: bool
     SINK: bool
     DROPOUT: bool
+    VARLEN: bool  # sequences of different lengths are packed one after the other
     PRECISION: str = "ieee"  # of float32 products; tf32 would lose 13 bits silently
 
 
@@ -175,6 +176,7 @@ _FLOAT32_ROWS = {
 
 _INTERPRETER_TILE = Tile(16, 32, 1, 1)  # small, so that small problems have many blocks
 _ROWS_TILE = Tile(32, 32, 4, 1)  # attention_bwd_rows is bound by memory: 16 to 128 rows measured alike
+_PACKED_ROWS_TILE = Tile(128, 32, 8, 1)  # as many rows as those of a packed sequence are padded to
 
 
 def rows_for(kernel: str, family: str, access: str) -> list[Row]:
@@ -195,6 +197,8 @@ def rows_for(kernel: str, family: str, access: str) -> list[Row]:
 @cache
 def tile_for(kernel: str, family: str, access: str, spec: Spec) -> Tile:
     """The tile of the first row that matches."""
+    if kernel == "attention_bwd_rows" and spec.VARLEN:
+        return _PACKED_ROWS_TILE
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     matrix_bias = spec.BIAS != "none" and spec.BIAS_ROWS and spec.BIAS_COLS
     banded = spec.HAS_LOWER or spec.HAS_UPPER

@@ -24,26 +24,33 @@ class Extras(NamedTuple):
     slopes: object
     sink: object  # (heads_q,)
     seed: object  # one number
+    cu_seqlens_q: object  # (batch + 1,): where packed sequences begin, and the last one ends
+    cu_seqlens_k: object
 
 
 class Head(NamedTuple):
-    """One query head of one batch entry."""
+    """One query head of one batch entry, whose fields come first: see `schedule.Entry`."""
 
     batch: object
+    rows_q: object
+    rows_k: object
     index: object
     slope: object  # of ALiBi, in units of log 2
     seed: object  # of dropout
 
 
 @triton.jit
-def query_head(extras, batch, index, SPEC: tl.constexpr):
+def query_head(extras, entry, index, call, SPEC: tl.constexpr):
     slope = 0.0
     if SPEC.ALIBI:
+        batch = entry.batch
+        if SPEC.VARLEN:
+            batch = tl.minimum(batch, call.packing.batch - 1)  # rows that no sequence has
         slope = tl.load(extras.slopes.ptr + batch * extras.slopes.batch + index * extras.slopes.head) * LOG2_E
     seed = 0
     if SPEC.DROPOUT:
         seed = tl.load(extras.seed)
-    return Head(batch, index, slope, seed)
+    return Head(entry.batch, entry.rows_q, entry.rows_k, index, slope, seed)
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from triton_attention.portable.bias import BiasTensor
 from triton_attention.portable.configs import GPUS, Spec, Tile, gpu_family, tile_for
 from triton_attention.portable.heads import Extras as ExtraTensors
 from triton_attention.portable.heads import Slopes
+from triton_attention.portable.schedule import Packing as PackingNumbers
 from triton_attention.portable.tiles import Call, Strided
 from triton_attention.problem import NO_EXTRAS, Extras, Mask
 
@@ -57,11 +58,13 @@ class Settings(NamedTuple):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, extras: Extras = NO_EXTRAS
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a validated call that is not empty; see `triton_attention.attention`."""
+    """(out, lse) of a validated call that is not empty; see `triton_attention.attention` and `attention_varlen`."""
     with device_of(q):
-        plan = plan_forward(q, k, v, bias, Settings(mask, softmax_scale, _family(q.device), extras))
+        settings = Settings(mask, softmax_scale, _family(q.device), extras)
+        q, k, v = _of_four_axes(extras, q, k, v)
+        plan = plan_forward(q, k, v, bias, settings)
         run(plan.launch)
-    return plan.out, plan.lse
+    return (plan.out, plan.lse) if extras.packing is None else (plan.out[0], plan.lse[0])
 
 
 def backward(
@@ -71,11 +74,19 @@ def backward(
     """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed."""
     with device_of(q):
         settings = Settings(mask, softmax_scale, _family(q.device), extras)
+        dout, q, k, v, out = _of_four_axes(extras, dout, q, k, v, out)
         plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, settings, needs_dbias)
         for launch in plan.launches:
             run(launch)
         dbias = None if plan.dbias is None or bias is None else plan.dbias.sum_to_size(bias.shape).to(bias.dtype)
-        return plan.dq, plan.dk, plan.dv, dbias, None if extras.sink is None else _dsink(extras.sink, plan)
+        dsink = None if extras.sink is None else _dsink(extras.sink, plan)
+        gradients = (plan.dq, plan.dk, plan.dv)
+        return *(gradients if extras.packing is None else (x[0] for x in gradients)), dbias, dsink
+
+
+def _of_four_axes(extras: Extras, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Packed tensors (total, heads, dim) as a batch of one."""
+    return tensors if extras.packing is None else tuple(tensor[None] for tensor in tensors)
 
 
 def _dsink(sink: Tensor, plan: BackwardPlan) -> Tensor:
@@ -94,20 +105,21 @@ class BackwardPlan(NamedTuple):
     dk: Tensor
     dv: Tensor
     dbias: Tensor | None
-    lse_log2: Tensor  # (batch, heads_q, seqlen_q padded), in units of log 2
+    lse_log2: Tensor  # (batch, heads_q, seqlen_q padded), in units of log 2; of packed sequences (1, heads_q, ..)
     delta: Tensor
     launches: list[Launch]
 
 
 def plan_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings) -> ForwardPlan:
+    """Tensors have four axes; packed ones are a batch of one, and so are out and lse (1, heads_q, total_q)."""
     batch, seqlen_q, heads, _ = q.shape
     out = q.new_empty(batch, seqlen_q, heads, v.shape[3])
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     planner = _Planner(q, k, v, bias, None, settings)
     launch = planner.launch(
         fwd.attention_fwd,
-        lambda tile: ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
-        (_strided(out), flat(lse)),
+        lambda tile: planner.num_blocks(seqlen_q, tile.BLOCK_M) * heads,
+        (planner.strided(out), flat(lse)),
     )
     return ForwardPlan(out, lse, launch)
 
@@ -125,18 +137,30 @@ def plan_backward(
     if needs_dbias and bias is not None:
         kind, dbias = planner.new_dbias(bias)
 
-    padded = ceil_div(seqlen_q, bwd.ROW_PADDING.value) * bwd.ROW_PADDING.value
+    padding = bwd.ROW_PADDING.value
+    padded = planner.num_blocks(seqlen_q, padding) // batch * padding
     lse_log2, delta = q.new_empty(2, batch, heads, padded, dtype=torch.float32)
     rows = (flat(lse_log2), flat(delta))
     spec, tile = planner.variant("attention_bwd_rows")
     dlse_argument = ABSENT if dlse is None else flat(dlse.contiguous())
-    arguments = (_strided(out), _strided(dout), flat(lse), dlse_argument, *rows, planner.call)
+    read = (planner.strided(out), planner.strided(dout), flat(lse), dlse_argument, planner.extras)
     launches = [
-        Launch(bwd.attention_bwd_rows, ceil_div(padded, tile.BLOCK_M) * heads * batch, arguments, spec, tile),
+        Launch(
+            bwd.attention_bwd_rows,
+            padded // tile.BLOCK_M * heads * batch,
+            (*read, *rows, planner.call),
+            spec,
+            tile,
+        ),
         planner.launch(
             bwd.attention_bwd_dkdv,
-            lambda tile: ceil_div(seqlen_k, tile.BLOCK_N) * heads_kv * batch,
-            (*rows, _strided(dk), _strided(dv), flat(dbias) if dbias is not None and kind == "cols" else ABSENT),
+            lambda tile: planner.num_blocks(seqlen_k, tile.BLOCK_N) * heads_kv,
+            (
+                *rows,
+                planner.strided(dk),
+                planner.strided(dv),
+                flat(dbias) if dbias is not None and kind == "cols" else ABSENT,
+            ),
             "cols" if kind == "cols" else "none",
         ),
     ]
@@ -146,18 +170,19 @@ def plan_backward(
     launches.append(
         planner.launch(
             bwd.attention_bwd_dq,
-            lambda tile: ceil_div(seqlen_q, tile.BLOCK_M) * heads * batch,
-            (*rows, _strided(dq), along_queries),
+            lambda tile: planner.num_blocks(seqlen_q, tile.BLOCK_M) * heads,
+            (*rows, planner.strided(dq), along_queries),
             kind if kind in ("tile", "rows") else "none",
         )
     )
     if dbias is not None and kind == "shared":
         matrices = dbias.shape[0] * dbias.shape[1]
-        sharing = bwd.Sharing(dbias.shape[1], batch // dbias.shape[0], heads // dbias.shape[1])
+        rows_dbias, columns_dbias = dbias.shape[2:]
+        sharing = bwd.Sharing(dbias.shape[1], planner.batch // dbias.shape[0], heads // dbias.shape[1])
         launches.append(
             planner.launch(
                 bwd.attention_bwd_dbias,
-                lambda tile: ceil_div(seqlen_q, tile.BLOCK_M) * ceil_div(seqlen_k, tile.BLOCK_N) * matrices,
+                lambda tile: ceil_div(rows_dbias, tile.BLOCK_M) * ceil_div(columns_dbias, tile.BLOCK_N) * matrices,
                 (*rows, _bias(dbias), Argument(sharing, bwd.Sharing("i32", "i32", "i32"))),
             )
         )
@@ -170,8 +195,12 @@ class _Planner:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor | None, settings: Settings
     ) -> None:
-        batch, seqlen_q, heads, _ = q.shape
-        seqlen_k, heads_kv = k.shape[1], k.shape[2]
+        heads, heads_kv = q.shape[2], k.shape[2]
+        packing = settings.extras.packing
+        self.packing = packing
+        self.batch, self.seqlen_q, self.seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        if packing is not None:
+            self.batch, self.seqlen_q, self.seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
         self.q, self.k, self.v = (with_unit_last_stride(tensor) for tensor in (q, k, v))
         self.dout = dout
         self.settings = settings
@@ -180,27 +209,23 @@ class _Planner:
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
             self.varies = (bias.shape[2] > 1, bias.shape[3] > 1)
             bias = with_unit_last_stride(bias) if self.varies[1] else bias
-            self.bias = bias.expand(batch, heads, seqlen_q, seqlen_k)  # stride 0 along an axis that is broadcast
+            shape = (self.batch, heads, self.seqlen_q, self.seqlen_k)
+            self.bias = bias.expand(shape)  # stride 0 along an axis that is broadcast
         self.bias_is_mask = bias is not None and bias.dtype == torch.uint8
         self.access = _access([x for x in (self.q, self.k, self.v, dout) if x is not None], settings.family)
         self.banded = (settings.mask.left is not None, settings.mask.right is not None)
-        bounds = settings.mask.bounds(seqlen_q, seqlen_k)
-        scale = settings.softmax_scale
-        numbers = Call(seqlen_q, seqlen_k, heads, heads // heads_kv, *bounds, scale, scale * _LOG2_E)
-        types = _CALL_TYPES
-        softcap, slopes, sink, dropout_p, seed = settings.extras
-        if softcap > 0.0:
-            smallest, largest = _SOFTCAPS
-            numbers = numbers._replace(softcap=min(max(softcap, smallest), largest) * _LOG2_E)
-            types = types._replace(softcap="fp32")
-        if slopes is not None:
-            numbers = numbers._replace(diagonal=settings.mask.diagonal(seqlen_q, seqlen_k))
-            types = types._replace(diagonal="i32")
-        if seed is not None:
-            numbers = numbers._replace(drop_below=drop_below(dropout_p), kept_factor=1.0 / (1.0 - dropout_p))
-            types = types._replace(drop_below="u32", kept_factor="fp32")
-        self.call = Argument(numbers, types)
-        self.extras = _extras(slopes, sink, seed, (batch, heads))
+        self.call = _call(self, settings, heads, heads // heads_kv)
+        self.extras = _extras(settings.extras, (self.batch, heads))
+
+    def num_blocks(self, rows: int, block: int) -> int:
+        """How many blocks of queries or keys all batch entries have; of packed sequences: at most."""
+        return ceil_div(rows, block) * self.batch if self.packing is None else rows // block + self.batch + 1
+
+    def strided(self, tensor: Tensor) -> Argument:
+        """A (batch, seqlen, heads, dim) tensor; of a packed one the batch is counted in rows."""
+        batch, row, head, _ = tensor.stride()
+        types = Strided(pointer_type(tensor), *_stride_types(tensor, row))
+        return Argument(Strided(tensor, batch if self.packing is None else row, head, row), types)
 
     def variant(self, kernel: str, dbias: str = "none") -> tuple[Spec, Tile]:
         head_dim, head_dim_v = self.q.shape[3], self.v.shape[3]
@@ -222,10 +247,11 @@ class _Planner:
             ALIBI=sloped,
             SINK=extras.sink is not None,
             DROPOUT=extras.seed is not None,
+            VARLEN=self.packing is not None,
         )
         tile = tile_for(kernel, self.settings.family, self.access, spec)
         if tile.TMA and self.bias is not None and all(self.varies) and has_aligned_rows(self.bias):
-            tile = replace(tile, TMA_BIAS=True)
+            tile = replace(tile, TMA_BIAS=self.packing is None)  # a descriptor would read beyond a sequence's part
         return spec, tile
 
     def launch(
@@ -244,7 +270,7 @@ class _Planner:
                 _descriptor(self.v.transpose(1, 2), tile.BLOCK_N, spec.BLOCK_DV),
             ]
         else:
-            arguments = [_strided(self.q), _strided(self.k), _strided(self.v)]
+            arguments = [self.strided(self.q), self.strided(self.k), self.strided(self.v)]
         if self.bias is None:
             arguments.append(ABSENT)
         elif tile.TMA_BIAS:
@@ -255,24 +281,54 @@ class _Planner:
         if self.dout is not None:
             dout = self.dout
             arguments.append(
-                _descriptor(dout.transpose(1, 2), tile.BLOCK_M, spec.BLOCK_DV) if tile.TMA else _strided(dout)
+                _descriptor(dout.transpose(1, 2), tile.BLOCK_M, spec.BLOCK_DV) if tile.TMA else self.strided(dout)
             )
         return arguments
 
     def new_dbias(self, bias: Tensor) -> tuple[str, Tensor]:
         """How the gradient of the bias is made, and the tensor that the kernels fill: see backward.py."""
-        batch, seqlen_q, heads, _ = self.q.shape
+        heads = self.q.shape[2]
+        visits_all = self.packing is None and not any(self.banded)  # else what no program visits has to be 0
         if all(self.varies):
-            if bias.shape[:2] != (batch, heads):
-                return "shared", torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-            new = torch.zeros if any(self.banded) else torch.empty  # tiles outside the band are not visited
-            return "tile", new(bias.shape, dtype=bias.dtype, device=bias.device)
-        if self.varies[1]:
-            return "cols", bias.new_empty(batch, heads, 1, self.k.shape[1], dtype=torch.float32)
-        return "rows", bias.new_empty(batch, heads, seqlen_q, 1, dtype=torch.float32)
+            new = torch.empty if visits_all or bias.shape[:2] != (self.batch, heads) else torch.zeros
+            dbias = new(bias.shape, dtype=bias.dtype, device=bias.device)
+            return "tile" if bias.shape[:2] == (self.batch, heads) else "shared", dbias
+        new = torch.empty if self.packing is None else torch.zeros
+        sizes = (1, self.seqlen_k) if self.varies[1] else (self.seqlen_q, 1)
+        dbias = new(self.batch, heads, *sizes, dtype=torch.float32, device=bias.device)
+        return "cols" if self.varies[1] else "rows", dbias
 
 
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
+_PACKING_TYPES = PackingNumbers("i32", "i32", "i32", "i32", "i32", "i32")
+
+
+def _call(planner: _Planner, settings: Settings, heads: int, group: int) -> Argument:
+    """The numbers of a call; what is absent is None."""
+    seqlen_q, seqlen_k, scale, mask = planner.seqlen_q, planner.seqlen_k, settings.softmax_scale, settings.mask
+    extras, packing = settings.extras, settings.extras.packing
+    bounds = mask.bounds(seqlen_q, seqlen_k)
+    if packing is not None:  # each sequence has a diagonal of its own, where the kernel counts the band from
+        total_q, total_k = planner.q.shape[1], planner.k.shape[1]
+        reach = max(total_q, total_k)
+        bounds = -min(mask.left or 0, reach), min(mask.right or 0, reach)
+    numbers = Call(seqlen_q, seqlen_k, heads, group, *bounds, scale, scale * _LOG2_E)
+    types = _CALL_TYPES
+    if extras.softcap > 0.0:
+        smallest, largest = _SOFTCAPS
+        numbers = numbers._replace(softcap=min(max(extras.softcap, smallest), largest) * _LOG2_E)
+        types = types._replace(softcap="fp32")
+    if extras.alibi_slopes is not None:
+        numbers = numbers._replace(diagonal=mask.diagonal(seqlen_q, seqlen_k))
+        types = types._replace(diagonal="i32")
+    if extras.seed is not None:
+        kept_factor = 1.0 / (1.0 - extras.dropout_p)
+        numbers = numbers._replace(drop_below=drop_below(extras.dropout_p), kept_factor=kept_factor)
+        types = types._replace(drop_below="u32", kept_factor="fp32")
+    if packing is not None:
+        sizes = PackingNumbers(packing.batch, total_q, total_k, seqlen_q, seqlen_k, int(not mask.top_left))
+        numbers, types = numbers._replace(packing=sizes), types._replace(packing=_PACKING_TYPES)
+    return Argument(numbers, types)
 
 
 def _padded(head_dim: int) -> int:
@@ -287,13 +343,6 @@ def _stride_types(tensor: Tensor, row: int) -> tuple[str, str, str]:
     return f"i64{hint}", f"i64{hint}", f"{'i64' if row * _LARGEST_BLOCK >= 2**31 else 'i32'}{hint}"
 
 
-def _strided(tensor: Tensor) -> Argument:
-    """A (batch, seqlen, heads, dim) tensor."""
-    batch, row, head, _ = tensor.stride()
-    types = Strided(pointer_type(tensor), *_stride_types(tensor, row))
-    return Argument(Strided(tensor, batch, head, row), types)
-
-
 def _bias(tensor: Tensor) -> Argument:
     """A (batch, heads, seqlen_q, seqlen_k) tensor."""
     batch, head, row, _ = tensor.stride()
@@ -301,16 +350,17 @@ def _bias(tensor: Tensor) -> Argument:
     return Argument(BiasTensor(tensor, batch, head, row), types)
 
 
-def _extras(slopes: Tensor | None, sink: Tensor | None, seed: Tensor | None, batch_heads: tuple[int, int]) -> Argument:
-    if slopes is None and sink is None and seed is None:
+def _extras(extras: Extras, batch_heads: tuple[int, int]) -> Argument:
+    """The tensors that few calls have."""
+    slopes, packing = extras.alibi_slopes, extras.packing
+    others = (extras.sink, extras.seed, *((None, None) if packing is None else packing[:2]))
+    if all(tensor is None for tensor in (slopes, *others)):
         return ABSENT
     slopes_argument = ABSENT
     if slopes is not None:
         types = Slopes(pointer_type(slopes), "i64", "i64")
         slopes_argument = Argument(Slopes(slopes, *slopes.expand(batch_heads).stride()), types)
-    sink_argument = ABSENT if sink is None else flat(sink.contiguous())
-    seed_argument = ABSENT if seed is None else flat(seed)
-    arguments = (slopes_argument, sink_argument, seed_argument)
+    arguments = (slopes_argument, *(ABSENT if x is None else flat(x.contiguous()) for x in others))
     return Argument(ExtraTensors(*(x.value for x in arguments)), ExtraTensors(*(x.type for x in arguments)))
 
 

@@ -22,7 +22,7 @@ from triton_attention.hopper import launch as hopper
 from triton_attention.kernel import Launch, compile_launch
 from triton_attention.portable.configs import gpu_family
 from triton_attention.portable.launch import Settings, plan_backward, plan_forward
-from triton_attention.problem import Extras
+from triton_attention.problem import Extras, Inputs, Packing
 from triton_attention.testing.cases import Case
 from triton_attention.testing.inputs import make_inputs
 
@@ -50,13 +50,17 @@ class Resources(NamedTuple):
 def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[Launch]:
     """What a forward and a backward pass of `case` launch on `target`; of "hopper" the forward, which is all it has."""
     inputs, problem = make_inputs(case, "meta")
-    q, k, v = (tensor.detach() for tensor in inputs[:3])
-    bias, slopes, sink = (None if tensor is None else tensor.detach() for tensor in inputs[3:])
+    inputs = Inputs._make(None if tensor is None else tensor.detach() for tensor in inputs)
+    q, k, v, bias, slopes, sink, cu_seqlens_q, cu_seqlens_k = inputs
     if backend == "hopper":
         return [hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS).launch]
     family = gpu_family(target.backend, target.arch)
     seed = torch.empty((), dtype=torch.int64, device="meta") if problem.dropout_p > 0.0 else None
-    extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed)
+    packing = None
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, problem.seqlen_q, problem.seqlen_k)
+        q, k, v = q[None], k[None], v[None]
+    extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed, packing)
     settings = Settings(problem.mask, problem.softmax_scale, family, extras)
     forward = plan_forward(q, k, v, bias, settings)
     dout = torch.empty_like(forward.out)
