@@ -17,7 +17,7 @@ import triton.language as tl
 from triton_attention.portable.bias import load_bias, store_dbias, store_dbias_sums
 from triton_attention.portable.dropout import kept_tile
 from triton_attention.portable.heads import query_head
-from triton_attention.portable.schedule import Entry, own_block, sequence, with_lengths
+from triton_attention.portable.schedule import Entry, call_of, own_block, sequence
 from triton_attention.portable.softmax import INFINITY, LOG2_E, score_tile
 from triton_attention.portable.tiles import (
     key_range,
@@ -110,7 +110,7 @@ def load_keys(saved, rows, head_kv, start, call, SPEC: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def score_gradient(
-    queries, keys, bias, head, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    queries, keys, bias, head, extras, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """(P, dS, dA) of a tile, float32 (BLOCK_M, BLOCK_N), or their transposes. Dropped probabilities are 0 in P."""
@@ -128,7 +128,7 @@ def score_gradient(
     weights = tl.exp2(scores - lse)
     if SPEC.DROPOUT:
         kept = kept_tile(head, queries.start, keys.start, call, SPEC, TILE, TRANSPOSED)
-        dscores = weights * (tl.where(kept, dweights * call.kept_factor, 0.0) - delta)
+        dscores = weights * (tl.where(kept, dweights * extras.kept_factor, 0.0) - delta)
         weights = tl.where(kept, weights, 0.0)
     else:
         dscores = weights * (dweights - delta)
@@ -146,12 +146,13 @@ def attention_bwd_rows(out, dout, lse, dlse, extras, lse_log2, delta, call, SPEC
     Grid: one program for each block of BLOCK_M padded queries of each head of each batch entry.
     """
     if SPEC.VARLEN:
-        start, index, entry, call = own_block(extras, call, call.heads_q, False, False, SPEC, TILE.BLOCK_M)
+        start, index, entry = own_block(extras, call, call.heads_q, False, False, SPEC, TILE.BLOCK_M)
+        call = call_of(entry, call)
     else:
         num_blocks = tl.cdiv(call.seqlen_q, ROW_PADDING) * (ROW_PADDING // TILE.BLOCK_M)
         block, index, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, False)
         start = block * TILE.BLOCK_M
-        entry = Entry(batch, batch, batch)
+        entry = Entry(batch, batch, batch, call.seqlen_q, call.seqlen_k)
     seqlen = call.seqlen_q
     head = query_head(extras, entry, index, call, SPEC)
     rows = head.rows_q
@@ -188,7 +189,7 @@ def visit_queries(
         queries = load_queries(saved, head, start_m, call, SPEC, TILE, not MASKED)
         bias = load_bias(saved.bias, head.batch, head.index, start_m, keys.start, call, SPEC, TILE)
         weights, dscores, dproducts = score_gradient(
-            queries, keys, bias, head, call, SPEC, TILE, MASKED, TRANSPOSED=True
+            queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED, TRANSPOSED=True
         )
         dv = tl.dot(weights.to(queries.dout.dtype), queries.dout, grads.dv, input_precision=SPEC.PRECISION)
         dk = tl.dot(dproducts.to(queries.q.dtype), queries.q, grads.dk, input_precision=SPEC.PRECISION)
@@ -210,7 +211,9 @@ def attention_bwd_dkdv(
     """
     saved = Saved(q, k, v, bias, extras, dout, lse, delta)
     heads_kv = call.heads_q // call.group
-    start_n, head_kv, entry, call = own_block(extras, call, heads_kv, True, False, SPEC, TILE.BLOCK_N)
+    start_n, head_kv, entry = own_block(extras, call, heads_kv, True, False, SPEC, TILE.BLOCK_N)
+    if SPEC.VARLEN:
+        call = call_of(entry, call)
     begin, full_begin, full_end, end = query_range(start_n, call, SPEC, TILE)
     keys = load_keys(saved, entry.rows_k, head_kv, start_n, call, SPEC, TILE, TILE.TMA)
     dk_tile = tl.full([TILE.BLOCK_N, SPEC.BLOCK_D], 0.0, tl.float32)
@@ -227,7 +230,7 @@ def attention_bwd_dkdv(
         dk_tile, dv_tile = grads.dk, grads.dv
     store_tile(dk, dk_tile * call.softmax_scale, entry.rows_k, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM)
     if SPEC.DROPOUT:
-        dv_tile *= call.kept_factor
+        dv_tile *= extras.kept_factor
     store_tile(dv, dv_tile, entry.rows_k, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM_V)
 
 
@@ -247,7 +250,7 @@ def visit_keys(
         keys = load_keys(saved, head.rows_k, head.index // call.group, start_n, call, SPEC, TILE, not MASKED)
         bias = load_bias(saved.bias, head.batch, head.index, queries.start, start_n, call, SPEC, TILE)
         _weights, dscores, dproducts = score_gradient(
-            queries, keys, bias, head, call, SPEC, TILE, MASKED, TRANSPOSED=False
+            queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED, TRANSPOSED=False
         )
         dq = tl.dot(dproducts.to(keys.k.dtype), keys.k, grads.dq, input_precision=SPEC.PRECISION)
         row_sums = grads.dbias
@@ -268,7 +271,9 @@ def attention_bwd_dq(q, k, v, bias, extras, dout, lse, delta, dq, dbias, call, S
     writes where a key is visible; with "rows" the sums of dS over the keys, `dbias` (batch, heads_q, seqlen_q).
     """
     saved = Saved(q, k, v, bias, extras, dout, lse, delta)
-    start_m, index, entry, call = own_block(extras, call, call.heads_q, False, SPEC.HAS_UPPER, SPEC, TILE.BLOCK_M)
+    start_m, index, entry = own_block(extras, call, call.heads_q, False, SPEC.HAS_UPPER, SPEC, TILE.BLOCK_M)
+    if SPEC.VARLEN:
+        call = call_of(entry, call)
     begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
     head = query_head(extras, entry, index, call, SPEC)
     queries = load_queries(saved, head, start_m, call, SPEC, TILE, TILE.TMA)
@@ -302,11 +307,12 @@ def visit_sharers(
     for i in range(begin, end):
         batch = first_batch + i // sharing.shared_heads
         index = first_head + i % sharing.shared_heads
-        head = query_head(saved.extras, Entry(batch, batch, batch), index, call, SPEC)
+        entry = Entry(batch, batch, batch, call.seqlen_q, call.seqlen_k)
+        head = query_head(saved.extras, entry, index, call, SPEC)
         queries = load_queries(saved, head, start_m, call, SPEC, TILE, not MASKED)
         keys = load_keys(saved, batch, index // call.group, start_n, call, SPEC, TILE, not MASKED)
         _weights, dscores, _dproducts = score_gradient(
-            queries, keys, bias, head, call, SPEC, TILE, MASKED, TRANSPOSED=False
+            queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED, TRANSPOSED=False
         )
         grad += dscores
     return grad
@@ -318,16 +324,16 @@ def visit_sequences(
 ):
     """The same where sequences are packed: each sharer has lengths of its own, and may not reach the tile."""
     for i in range(0, sharing.shared_batches * sharing.shared_heads):
-        entry, seqlen_q, seqlen_k = sequence(saved.extras, first_batch + i // sharing.shared_heads, packed)
-        call = with_lengths(packed, seqlen_q, seqlen_k)
+        entry = sequence(saved.extras, first_batch + i // sharing.shared_heads, packed)
+        call = call_of(entry, packed)
         begin, _full_begin, _full_end, end = key_range(start_m, call, SPEC, TILE)
-        if (start_m < seqlen_q) & (start_n < end) & (start_n + TILE.BLOCK_N > begin):
+        if (start_m < call.seqlen_q) & (start_n < end) & (start_n + TILE.BLOCK_N > begin):
             head = query_head(saved.extras, entry, first_head + i % sharing.shared_heads, call, SPEC)
             bias = load_bias(saved.bias, first_batch, first_head, start_m, start_n, call, SPEC, TILE)
             queries = load_queries(saved, head, start_m, call, SPEC, TILE, False)
             keys = load_keys(saved, head.rows_k, head.index // call.group, start_n, call, SPEC, TILE, False)
             _weights, dscores, _dproducts = score_gradient(
-                queries, keys, bias, head, call, SPEC, TILE, MASKED=True, TRANSPOSED=False
+                queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED=True, TRANSPOSED=False
             )
             grad += dscores
     return grad

@@ -20,7 +20,7 @@ def kept_tile(head, start_m, start_n, call, SPEC: tl.constexpr, TILE: tl.constex
             head.seed, key_blocks, queries, tl.cast(head.batch * call.heads_q + head.index, tl.int32), 0
         )
         words = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))  # (BLOCK_M, BLOCK_N)
-        kept = words >= call.drop_below
+        kept = words >= head.drop_below
         if TRANSPOSED:
             kept = tl.trans(kept)
     else:

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton_attention.portable.bias import load_bias
 from triton_attention.portable.dropout import kept_tile
 from triton_attention.portable.heads import load_sink, query_head
-from triton_attention.portable.schedule import own_block
+from triton_attention.portable.schedule import call_of, own_block
 from triton_attention.portable.softmax import score_tile, softmax_begin, softmax_end, softmax_update
 from triton_attention.portable.tiles import key_range, load_tile, rows_origin, store_rows, store_tile
 
@@ -46,7 +46,9 @@ def attention_fwd(q, k, v, bias, extras, out, lse, call, SPEC: tl.constexpr, TIL
     `out` (batch, seqlen_q, heads_q, head_dim_v) and `lse` (batch, heads_q, seqlen_q), or of packed sequences
     (total_q, heads_q, head_dim_v) and (heads_q, total_q), and visits the keys they see.
     """
-    start_m, index, entry, call = own_block(extras, call, call.heads_q, False, SPEC.HAS_UPPER, SPEC, TILE.BLOCK_M)
+    start_m, index, entry = own_block(extras, call, call.heads_q, False, SPEC.HAS_UPPER, SPEC, TILE.BLOCK_M)
+    if SPEC.VARLEN:
+        call = call_of(entry, call)
     begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
     head = query_head(extras, entry, index, call, SPEC)
     q_tile = load_tile(
@@ -58,6 +60,6 @@ def attention_fwd(q, k, v, bias, extras, out, lse, call, SPEC: tl.constexpr, TIL
         state = attend(state, q_tile, k, v, bias, head, start_m, begin, full_begin, call, SPEC, TILE, True)
     state = attend(state, q_tile, k, v, bias, head, start_m, full_begin, full_end, call, SPEC, TILE, False)
     state = attend(state, q_tile, k, v, bias, head, start_m, full_end, end, call, SPEC, TILE, True)
-    out_tile, lse_rows = softmax_end(state, call, SPEC)
+    out_tile, lse_rows = softmax_end(state, extras, SPEC)
     store_tile(out, out_tile, head.rows_q, index, start_m, call.seqlen_q, SPEC.HEAD_DIM_V)
     store_rows(lse, lse_rows, rows_origin(head, call, SPEC), start_m, call.seqlen_q)

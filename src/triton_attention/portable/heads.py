@@ -19,38 +19,49 @@ class Slopes(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """The tensors that few calls have; each is None where SPEC says that it is absent."""
+    """What few calls have; each is None where SPEC says that it is absent."""
 
+    softcap: object  # in units of log 2
     slopes: object
+    diagonal: object  # the j - i where ALiBi adds nothing
     sink: object  # (heads_q,)
-    seed: object  # one number
+    seed: object  # of dropout: one number
+    drop_below: object  # dropout keeps a probability iff its 32 bits are at least this
+    kept_factor: object  # 1 / (1 - dropout_p)
     cu_seqlens_q: object  # (batch + 1,): where packed sequences begin, and the last one ends
     cu_seqlens_k: object
 
 
 class Head(NamedTuple):
-    """One query head of one batch entry, whose fields come first: see `schedule.Entry`."""
+    """One query head of one batch entry, and what changes its scores and probabilities; what is absent is 0."""
 
-    batch: object
+    batch: object  # the entry: see `schedule.Entry`
     rows_q: object
     rows_k: object
     index: object
+    softcap: object
     slope: object  # of ALiBi, in units of log 2
-    seed: object  # of dropout
+    diagonal: object
+    seed: object
+    drop_below: object
 
 
 @triton.jit
 def query_head(extras, entry, index, call, SPEC: tl.constexpr):
-    slope = 0.0
+    softcap, slope, diagonal, seed, drop_below = 0.0, 0.0, 0, 0, 0
+    if SPEC.SOFTCAP:
+        softcap = extras.softcap
     if SPEC.ALIBI:
         batch = entry.batch
+        diagonal = extras.diagonal
         if SPEC.VARLEN:
             batch = tl.minimum(batch, call.packing.batch - 1)  # rows that no sequence has
+            diagonal = (call.seqlen_k - call.seqlen_q) * call.packing.bottom_right
         slope = tl.load(extras.slopes.ptr + batch * extras.slopes.batch + index * extras.slopes.head) * LOG2_E
-    seed = 0
     if SPEC.DROPOUT:
         seed = tl.load(extras.seed)
-    return Head(entry.batch, entry.rows_q, entry.rows_k, index, slope, seed)
+        drop_below = extras.drop_below
+    return Head(entry.batch, entry.rows_q, entry.rows_k, index, softcap, slope, diagonal, seed, drop_below)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ from triton_attention.portable import backward as bwd
 from triton_attention.portable import forward as fwd
 from triton_attention.portable.bias import BiasTensor
 from triton_attention.portable.configs import GPUS, Spec, Tile, gpu_family, tile_for
-from triton_attention.portable.heads import Extras as ExtraTensors
+from triton_attention.portable.heads import Extras as KernelExtras
 from triton_attention.portable.heads import Slopes
 from triton_attention.portable.schedule import Packing as PackingNumbers
 from triton_attention.portable.tiles import Call, Strided
@@ -215,7 +215,7 @@ class _Planner:
         self.access = _access([x for x in (self.q, self.k, self.v, dout) if x is not None], settings.family)
         self.banded = (settings.mask.left is not None, settings.mask.right is not None)
         self.call = _call(self, settings, heads, heads // heads_kv)
-        self.extras = _extras(settings.extras, (self.batch, heads))
+        self.extras = _extras(self, settings, heads)
 
     def num_blocks(self, rows: int, block: int) -> int:
         """How many blocks of queries or keys all batch entries have; of packed sequences: at most."""
@@ -304,31 +304,18 @@ _PACKING_TYPES = PackingNumbers("i32", "i32", "i32", "i32", "i32", "i32")
 
 
 def _call(planner: _Planner, settings: Settings, heads: int, group: int) -> Argument:
-    """The numbers of a call; what is absent is None."""
     seqlen_q, seqlen_k, scale, mask = planner.seqlen_q, planner.seqlen_k, settings.softmax_scale, settings.mask
-    extras, packing = settings.extras, settings.extras.packing
+    packing = settings.extras.packing
     bounds = mask.bounds(seqlen_q, seqlen_k)
     if packing is not None:  # each sequence has a diagonal of its own, where the kernel counts the band from
         total_q, total_k = planner.q.shape[1], planner.k.shape[1]
         reach = max(total_q, total_k)
         bounds = -min(mask.left or 0, reach), min(mask.right or 0, reach)
     numbers = Call(seqlen_q, seqlen_k, heads, group, *bounds, scale, scale * _LOG2_E)
-    types = _CALL_TYPES
-    if extras.softcap > 0.0:
-        smallest, largest = _SOFTCAPS
-        numbers = numbers._replace(softcap=min(max(extras.softcap, smallest), largest) * _LOG2_E)
-        types = types._replace(softcap="fp32")
-    if extras.alibi_slopes is not None:
-        numbers = numbers._replace(diagonal=mask.diagonal(seqlen_q, seqlen_k))
-        types = types._replace(diagonal="i32")
-    if extras.seed is not None:
-        kept_factor = 1.0 / (1.0 - extras.dropout_p)
-        numbers = numbers._replace(drop_below=drop_below(extras.dropout_p), kept_factor=kept_factor)
-        types = types._replace(drop_below="u32", kept_factor="fp32")
-    if packing is not None:
-        sizes = PackingNumbers(packing.batch, total_q, total_k, seqlen_q, seqlen_k, int(not mask.top_left))
-        numbers, types = numbers._replace(packing=sizes), types._replace(packing=_PACKING_TYPES)
-    return Argument(numbers, types)
+    if packing is None:
+        return Argument(numbers, _CALL_TYPES)
+    sizes = PackingNumbers(packing.batch, total_q, total_k, seqlen_q, seqlen_k, int(not mask.top_left))
+    return Argument(numbers._replace(packing=sizes), _CALL_TYPES._replace(packing=_PACKING_TYPES))
 
 
 def _padded(head_dim: int) -> int:
@@ -350,18 +337,29 @@ def _bias(tensor: Tensor) -> Argument:
     return Argument(BiasTensor(tensor, batch, head, row), types)
 
 
-def _extras(extras: Extras, batch_heads: tuple[int, int]) -> Argument:
-    """The tensors that few calls have."""
-    slopes, packing = extras.alibi_slopes, extras.packing
-    others = (extras.sink, extras.seed, *((None, None) if packing is None else packing[:2]))
-    if all(tensor is None for tensor in (slopes, *others)):
+def _extras(planner: _Planner, settings: Settings, heads: int) -> Argument:
+    """What few calls have; what is absent is None."""
+    extras = settings.extras
+    softcap = slopes = diagonal = sink = seed = drop_from = kept_factor = cu_seqlens_q = cu_seqlens_k = ABSENT
+    if extras.softcap > 0.0:
+        smallest, largest = _SOFTCAPS
+        softcap = Argument(min(max(extras.softcap, smallest), largest) * _LOG2_E, "fp32")
+    if extras.alibi_slopes is not None:
+        strides = extras.alibi_slopes.expand(planner.batch, heads).stride()
+        types = Slopes(pointer_type(extras.alibi_slopes), "i64", "i64")
+        slopes = Argument(Slopes(extras.alibi_slopes, *strides), types)
+        diagonal = Argument(settings.mask.diagonal(planner.seqlen_q, planner.seqlen_k), "i32")
+    if extras.sink is not None:
+        sink = flat(extras.sink.contiguous())
+    if extras.seed is not None:
+        seed, drop_from = flat(extras.seed), Argument(drop_below(extras.dropout_p), "u32")
+        kept_factor = Argument(1.0 / (1.0 - extras.dropout_p), "fp32")
+    if extras.packing is not None:
+        cu_seqlens_q, cu_seqlens_k = (flat(starts.contiguous()) for starts in extras.packing[:2])
+    arguments = (softcap, slopes, diagonal, sink, seed, drop_from, kept_factor, cu_seqlens_q, cu_seqlens_k)
+    if all(argument is ABSENT for argument in arguments):
         return ABSENT
-    slopes_argument = ABSENT
-    if slopes is not None:
-        types = Slopes(pointer_type(slopes), "i64", "i64")
-        slopes_argument = Argument(Slopes(slopes, *slopes.expand(batch_heads).stride()), types)
-    arguments = (slopes_argument, *(ABSENT if x is None else flat(x.contiguous()) for x in others))
-    return Argument(ExtraTensors(*(x.value for x in arguments)), ExtraTensors(*(x.type for x in arguments)))
+    return Argument(KernelExtras(*(x.value for x in arguments)), KernelExtras(*(x.type for x in arguments)))
 
 
 def _access(tensors: list[Tensor], family: str) -> str:

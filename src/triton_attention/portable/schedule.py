@@ -30,12 +30,15 @@ class Packing(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A batch entry: its index, and what the batch strides of tensors along the queries and the keys are multiplied
-    by. That is the index too, or the first row of a packed sequence: then the batch stride is that of a row."""
+    """A batch entry: its index, what the batch strides of tensors along the queries and the keys are multiplied by, and
+    its lengths. The second is the index too, or the first row of a packed sequence: then the stride is that of a row.
+    """
 
     batch: object
     rows_q: object
     rows_k: object
+    seqlen_q: object
+    seqlen_k: object
 
 
 @triton.jit
@@ -59,35 +62,36 @@ def sequence_of(tile, cu_seqlens, batch, total, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def with_lengths(call, seqlen_q, seqlen_k):
-    """The numbers of one sequence. Of a packed call the band is counted from the diagonal, of a sequence from 0."""
+def call_of(entry, call):
+    """The numbers of a packed sequence, whose band is counted from 0."""
+    seqlen_q, seqlen_k = entry.seqlen_q, entry.seqlen_k
     diagonal = (seqlen_k - seqlen_q) * call.packing.bottom_right
+    lower, upper = diagonal + call.lower, diagonal + call.upper
     return Call(
-        seqlen_q, seqlen_k, call.heads_q, call.group, diagonal + call.lower, diagonal + call.upper, call.softmax_scale,
-        call.scale_log2, call.softcap, diagonal, call.drop_below, call.kept_factor, call.packing,
-    )  # fmt: skip
+        seqlen_q, seqlen_k, call.heads_q, call.group, lower, upper, call.softmax_scale, call.scale_log2, call.packing
+    )
 
 
 @triton.jit
 def sequence(extras, batch, call):
-    """(entry, seqlen_q, seqlen_k) of a packed sequence; number `call.packing.batch` is empty."""
+    """The entry of a packed sequence; number `call.packing.batch` is empty."""
     packing = call.packing
     after = tl.minimum(batch + 1, packing.batch)
     rows_q = boundary(extras.cu_seqlens_q, batch, packing.total_q)
     rows_k = boundary(extras.cu_seqlens_k, batch, packing.total_k)
     seqlen_q = tl.maximum(boundary(extras.cu_seqlens_q, after, packing.total_q) - rows_q, 0)
     seqlen_k = tl.maximum(boundary(extras.cu_seqlens_k, after, packing.total_k) - rows_k, 0)
-    return Entry(batch, rows_q, rows_k), seqlen_q, seqlen_k
+    return Entry(batch, rows_q, rows_k, seqlen_q, seqlen_k)
 
 
 @triton.jit
 def own_block(
     extras, call, heads, ALONG_KEYS: tl.constexpr, REVERSED: tl.constexpr, SPEC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(start, head, entry, call): the block of queries or keys that a program owns, and the numbers of its entry.
+    """(start, head, entry): the block of queries or keys that a program owns.
 
     Where a packed sequence ends before the block, and in rows that no sequence has, nothing is visible: the program
-    visits nothing, and writes zeros where there are rows.
+    visits nothing, and writes zeros where there are rows. A program of packed sequences then asks `call_of`.
     """
     if SPEC.VARLEN:
         packing = call.packing
@@ -97,17 +101,17 @@ def own_block(
         tile, head, _one = tile_order(tl.program_id(0), num_blocks, heads, REVERSED)
         batch, block = sequence_of(tile, cu_seqlens, packing.batch, total, BLOCK)
         start = block * BLOCK
-        entry, seqlen_q, seqlen_k = sequence(extras, batch, call)
+        entry = sequence(extras, batch, call)
         if ALONG_KEYS:
-            seqlen_k = tl.where(batch == packing.batch, total - entry.rows_k, seqlen_k)
-            seqlen_q = tl.where(start < seqlen_k, seqlen_q, 0)
+            seqlen_k = tl.where(batch == packing.batch, total - entry.rows_k, entry.seqlen_k)
+            seqlen_q = tl.where(start < seqlen_k, entry.seqlen_q, 0)
         else:
-            seqlen_q = tl.where(batch == packing.batch, total - entry.rows_q, seqlen_q)
-            seqlen_k = tl.where(start < seqlen_q, seqlen_k, 0)
-        call = with_lengths(call, seqlen_q, seqlen_k)
+            seqlen_q = tl.where(batch == packing.batch, total - entry.rows_q, entry.seqlen_q)
+            seqlen_k = tl.where(start < seqlen_q, entry.seqlen_k, 0)
+        entry = Entry(batch, entry.rows_q, entry.rows_k, seqlen_q, seqlen_k)
     else:
         num_blocks = tl.cdiv(call.seqlen_k if ALONG_KEYS else call.seqlen_q, BLOCK)
         block, head, batch = tile_order(tl.program_id(0), num_blocks, heads, REVERSED)
         start = block * BLOCK
-        entry = Entry(batch, batch, batch)
-    return start, head, entry, call
+        entry = Entry(batch, batch, batch, call.seqlen_q, call.seqlen_k)
+    return start, head, entry

@@ -63,11 +63,11 @@ def score_tile(
     if not SPEC.RAW_SCORES:
         scores *= call.scale_log2
     if SPEC.SOFTCAP:
-        ratio = tanh(scores * (1.0 / call.softcap))
-        scores = ratio * call.softcap
+        ratio = tanh(scores * (1.0 / head.softcap))
+        scores = ratio * head.softcap
         slope = 1.0 - ratio * ratio
     if SPEC.ALIBI:  # distances within a block and between blocks apart: few conversions, and exact near the diagonal
-        queries = (rows + (call.diagonal - start_n)).to(tl.float32)
+        queries = (rows + (head.diagonal - start_n)).to(tl.float32)
         scores -= head.slope * tl.abs(queries - (cols - start_n).to(tl.float32))
     if SPEC.BIAS == "added":
         scores += bias.to(tl.float32) * LOG2_E
@@ -117,11 +117,11 @@ def softmax_update(state, scores, scale, kept, v, SPEC: tl.constexpr):
 
 
 @triton.jit
-def softmax_end(state, call, SPEC: tl.constexpr):
+def softmax_end(state, extras, SPEC: tl.constexpr):
     """(output tile, log-sum-exp): rows that saw no key give 0 and -inf."""
     empty = state.row_sum == 0.0
     out = state.acc / tl.where(empty, 1.0, state.row_sum)[:, None]
     if SPEC.DROPOUT:
-        out *= call.kept_factor
+        out *= extras.kept_factor
     lse = (state.row_max + tl.log2(state.row_sum)) * LN_2
     return out, tl.where(empty, -INFINITY, lse)

@@ -29,9 +29,10 @@ class Strided(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The numbers of one call; the last ones are None where SPEC says that what they are for is absent.
+    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper.
 
-    The mask's band: key j is visible to query i iff lower <= j - i <= upper.
+    Where sequences are packed, the lengths are the largest and the band is counted from the diagonal, until a program
+    knows its sequence (see schedule.py).
     """
 
     seqlen_q: object
@@ -42,12 +43,7 @@ class Call(NamedTuple):
     upper: object
     softmax_scale: object
     scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
-    softcap: object = None  # in units of log 2
-    diagonal: object = None  # the j - i where ALiBi adds nothing
-    drop_below: object = None  # dropout keeps a probability iff its 32 bits are at least this
-    kept_factor: object = None  # 1 / (1 - dropout_p)
-    packing: object = None  # of packed sequences: then the lengths above are the largest, and the band is counted from
-    # the diagonal, until a program knows its sequence (see schedule.py)
+    packing: object = None  # of packed sequences, a schedule.Packing
 
 
 @triton.jit
