@@ -115,17 +115,53 @@ def attention_varlen(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | Any:  # (out, lse) with return_lse
-    """Attention over sequences of different lengths, packed one after the other; not there yet.
+    """`attention` of sequences of different lengths, packed one after the other: each attends to itself alone.
 
-    q is (total_q, heads_q, head_dim), k and v (total_k, heads_kv, ...); cu_seqlens are int32 (batch + 1,).
+    Sequence i has the rows [cu_seqlens_q[i], cu_seqlens_q[i + 1]) of q and [cu_seqlens_k[i], cu_seqlens_k[i + 1]) of k
+    and v. It is computed as `attention` computes batch entry i: positions, and with them the mask, ALiBi, the bias and
+    dropout, count from its own first query and key. On a GPU nothing waits for the lengths, and work is for the blocks
+    of queries and keys that there are, however uneven the lengths.
+
+    Args:
+        q: (total_q, heads_q, head_dim). Any strides, as for `attention`: slices of a packed qkv are not copied.
+        k: (total_k, heads_kv, head_dim).
+        v: (total_k, heads_kv, head_dim_v).
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), on the device of q: rising from 0. A sequence may have no query
+            or no key. Rows from the last boundary on belong to no sequence.
+        max_seqlen_q, max_seqlen_k: at least the longest lengths. On a GPU this is not checked; without a bias
+            nothing depends on it, and with one nothing outside it is read, whatever the lengths.
+        bias: broadcastable to (batch, heads_q, max_seqlen_q, max_seqlen_k), indexed within each sequence. What lies
+            beyond a sequence's lengths is not read, and has gradient 0.
+        Everything else is as in `attention`, with alibi_slopes (heads_q,) or (batch, heads_q).
+
+    Returns:
+        out (total_q, heads_q, head_dim_v), and with `return_lse` also lse (heads_q, total_q). A row that belongs to
+        no sequence has out 0, lse -inf and gradient 0.
 
     Raises:
-        NotImplementedError: always.
+        TypeError, ValueError, NotImplementedError: as `attention`. What boundaries hold is checked on the CPU.
+
+    Example:
+        >>> q, k, v = (torch.randn(10, 8, 64) for _ in range(3))
+        >>> boundaries = torch.tensor([0, 3, 10], dtype=torch.int32)  # two sequences, of 3 and 7
+        >>> lengths = {"cu_seqlens_q": boundaries, "cu_seqlens_k": boundaries, "max_seqlen_q": 7, "max_seqlen_k": 7}
+        >>> attention_varlen(q, k, v, **lengths, causal=True).shape
+        torch.Size([10, 8, 64])
     """
-    raise NotImplementedError(
-        "attention_varlen is not there yet: pad the sequences to one length and give attention(..., bias=mask) "
-        "a bool mask (batch, 1, 1, seqlen_k), True where a key exists"
+    check_flag("return_lse", return_lse)
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    out, lse = run(
+        Inputs(q, k, v, bias, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k),
+        mask=Mask.of(causal, window),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        backend=backend,
     )
+    return (out, lse) if return_lse else out
 
 
 def explain(
@@ -133,6 +169,10 @@ def explain(
     k: Tensor,
     v: Tensor,
     *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -145,7 +185,8 @@ def explain(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> dispatch.Explanation:
-    """Which backend runs `attention` with these arguments, and why does each other one not? Computes nothing.
+    """Which backend runs `attention` with these arguments, or with `cu_seqlens_q` `attention_varlen`, and why does each
+    other one not? Computes nothing.
 
     Returns:
         An object that prints as a table. `.backend` is the name of the backend, or None if none runs the call;
@@ -156,12 +197,14 @@ def explain(
     """
     check_flag("return_lse", return_lse)
     _, problem = _standard_form(
-        Inputs(q, k, v, bias, alibi_slopes, sink),
+        Inputs(q, k, v, bias, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k),
         mask=Mask.of(causal, window),
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
         deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
     )
     return dispatch.explain(problem, backend)
 
@@ -174,9 +217,11 @@ def run(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     deterministic: bool = False,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call in any of the public forms."""
+    """(out, lse) of a call in any of the public forms; of packed sequences iff `inputs` has `cu_seqlens_q`."""
     inputs, problem = _standard_form(
         inputs,
         mask=mask,
@@ -184,9 +229,12 @@ def run(
         softcap=softcap,
         dropout_p=dropout_p,
         deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
     )
     chosen = dispatch.select(problem, backend)
-    if problem.batch == 0 or problem.seqlen_q == 0 or problem.seqlen_k == 0:  # there is nothing to launch
+    sizes = (problem.batch, problem.seqlen_q, problem.seqlen_k, inputs.q.shape[0], inputs.k.shape[0])
+    if any(size == 0 for size in sizes):  # there is nothing to launch
         return reference.attention(inputs, problem)
     return chosen.run(inputs, problem)
 
@@ -199,23 +247,27 @@ def _standard_form(
     softcap: float,
     dropout_p: float,
     deterministic: bool,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
 ) -> tuple[Inputs, Problem]:
     """The call as backends want it: autocast applied, a bias of rank 4, unit last strides, validated."""
-    q, k, v, bias, alibi_slopes, sink = inputs
-    q, k, v = _autocast(q, k, v)
+    q, k, v = _autocast(inputs.q, inputs.k, inputs.v)
+    bias = inputs.bias
     if bias is not None:
         check_tensor("bias", bias)
         bias = bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
     problem = Problem.from_tensors(
-        Inputs(q, k, v, bias, alibi_slopes, sink),
+        inputs._replace(q=q, k=k, v=v, bias=bias),
         mask=mask,
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
         deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
     )
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    return Inputs(q, k, v, bias, alibi_slopes, sink), problem
+    return inputs._replace(q=q, k=k, v=v, bias=bias), problem
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

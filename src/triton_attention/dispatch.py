@@ -28,6 +28,12 @@ def _run_operator(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tenso
     return ops.attention(inputs, problem, backend)
 
 
+def _hopper_why_not(problem: Problem) -> list[str]:
+    """Packed sequences are no batch to its descriptors: that reason is the same whatever else there is."""
+    reasons = hopper_support.why_not(problem)
+    return [*reasons, "has no sequences of different lengths (cu_seqlens)"] if problem.varlen else reasons
+
+
 def _reference_why_not(problem: Problem) -> list[str]:
     """The reference runs every problem, but unasked only those that no accelerator was meant to run."""
     if problem.device.type in ("cpu", "meta"):
@@ -36,7 +42,7 @@ def _reference_why_not(problem: Problem) -> list[str]:
 
 
 BACKENDS: tuple[Backend, ...] = (  # in order of preference
-    Backend("hopper", hopper_support.why_not, partial(_run_operator, backend="hopper")),
+    Backend("hopper", _hopper_why_not, partial(_run_operator, backend="hopper")),
     Backend("portable", portable_support.why_not, partial(_run_operator, backend="portable")),
     Backend("reference", _reference_why_not, reference.attention),
 )
@@ -109,7 +115,7 @@ def _describe(problem: Problem) -> str:
     words = [
         f"batch {problem.batch}",
         f"heads {problem.heads_q} / {problem.heads_kv}",
-        f"seqlen {problem.seqlen_q} x {problem.seqlen_k}",
+        f"seqlen {'up to ' if problem.varlen else ''}{problem.seqlen_q} x {problem.seqlen_k}",
         f"head dim {problem.head_dim} / {problem.head_dim_v}",
         f"{problem.dtype} on {problem.device}",
     ]

@@ -8,42 +8,87 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from triton_attention.problem import Inputs, Mask, Problem
+from triton_attention.philox import draw_seed
+from triton_attention.problem import Extras, Inputs, Mask, Packing, Problem
 
-_CALL = "float softmax_scale, int? left, int? right, bool top_left, str backend"
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seed"
+)
+_NUMBERS = (
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float softmax_scale, float softcap, float dropout_p, int? left, "
+    "int? right, bool top_left, str backend"
+)
+
+
+class _Call(NamedTuple):
+    """The arguments that both operators take, in the order of their schemas."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+    cu_seqlens_q: Tensor | None  # sequences are packed if these are there
+    cu_seqlens_k: Tensor | None
+    seed: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    softmax_scale: float
+    softcap: float
+    dropout_p: float
+    left: int | None
+    right: int | None
+    top_left: bool
+    backend: str
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.left, self.right, self.top_left)
+
+    @property
+    def extras(self) -> Extras:
+        packing: Any = (self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k)
+        packing = None if self.cu_seqlens_q is None else Packing._make(packing)
+        return Extras(self.softcap, self.alibi_slopes, self.sink, self.dropout_p, self.seed, packing)
+
+
+_NUM_TENSORS = _Call._fields.index("max_seqlen_q")
 
 torch.library.define(
     "triton_attention::attention_fwd",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_CALL}) -> (Tensor out, Tensor lse)",
+    f"({_TENSORS}, {_NUMBERS}) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "triton_attention::attention_bwd",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, bool needs_dbias, "
-    f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool needs_dbias, {_TENSORS}, {_NUMBERS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
 )
 
 
 def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) by a Triton backend, differentiable in q, k, v and the bias."""
-    for tensor in inputs[:4]:  # the operator would drop a tangent in silence: its results would be constants
+    """(out, lse) by a Triton backend, differentiable in q, k, v, the bias and the sink."""
+    for tensor in inputs:  # the operator would drop a tangent in silence: its results would be constants
         if tensor is not None and unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 "attention has no forward-mode derivative on the Triton backends; backend='reference' has one"
             )
-    mask = problem.mask
-    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(
-        inputs.q, inputs.k, inputs.v, inputs.bias, problem.softmax_scale, mask.left, mask.right, mask.top_left, backend
-    )
+    seed = draw_seed(inputs.q.device) if problem.dropout_p > 0.0 else None
+    lengths = (problem.seqlen_q, problem.seqlen_k) if problem.varlen else (None, None)
+    numbers = (problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask)
+    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(*inputs, seed, *lengths, *numbers, backend)
     return result
 
 
 _STAND_IN = {"hopper": "portable"}  # which backend runs what another's launcher leaves: see what it returns None for
+_RUN_EXTRAS = ("portable",)  # whose launchers take extras as their last argument, and return dsink as their last result
 
 
 def _launcher(backend: str) -> ModuleType:
@@ -51,60 +96,63 @@ def _launcher(backend: str) -> ModuleType:
 
 
 @torch.library.impl("triton_attention::attention_fwd", ("cpu", "cuda"))
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float, left: int | None, right: int | None,
-    top_left: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = (q, k, v, bias, Mask(left, right, top_left), softmax_scale)
-    result: tuple[Tensor, Tensor] | None = _launcher(backend).forward(*call)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(*arguments)
+    plain = (call.q, call.k, call.v, call.bias, call.mask, call.softmax_scale)
+    if call.backend in _RUN_EXTRAS:
+        return _launcher(call.backend).forward(*plain, call.extras)  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor] | None = _launcher(call.backend).forward(*plain)
     if result is None:
-        return _launcher(_STAND_IN[backend]).forward(*call)  # type: ignore[no-any-return]
+        return _launcher(_STAND_IN[call.backend]).forward(*plain)  # type: ignore[no-any-return]
     return result
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
-    batch, seqlen_q, heads, _ = q.shape
-    return q.new_empty(batch, seqlen_q, heads, v.shape[3]), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, v = _Call(*arguments).q, _Call(*arguments).v
+    *batch, seqlen_q, heads, _ = q.shape
+    return q.new_empty(*batch, seqlen_q, heads, v.shape[-1]), q.new_empty(*batch, heads, seqlen_q, dtype=torch.float32)
 
 
 @torch.library.impl("triton_attention::attention_bwd", ("cpu", "cuda"))
 def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    needs_dbias: bool, softmax_scale: float, left: int | None, right: int | None, top_left: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = (dout, dlse, q, k, v, bias, out, lse, Mask(left, right, top_left), softmax_scale, needs_dbias)
-    result: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = _launcher(backend).backward(*call)
-    if result is None:
-        result = _launcher(_STAND_IN[backend]).backward(*call)
-    dq, dk, dv, dbias = result
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(*arguments)
+    q, k, v, bias = call[:4]
+    plain = (dout, dlse, q, k, v, bias, out, lse, call.mask, call.softmax_scale, needs_dbias)
+    backend, result = call.backend, None
+    if backend not in _RUN_EXTRAS:
+        result = _launcher(backend).backward(*plain)
+        backend = _STAND_IN[backend]
+    dq, dk, dv, dbias, dsink = _launcher(backend).backward(*plain, call.extras) if result is None else (*result, None)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
 
 
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    needs_dbias: bool, *call: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if bias is None or not needs_dbias:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    call = _Call(*arguments)
+    wanted = (call.q, call.k, call.v, call.bias if needs_dbias else None, call.sink)
+    return tuple(
+        call.q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted
+    )
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)  # q, k, v, bias, out, lse: nothing that grows with seqlen^2
-    ctx.call = inputs[4:]
+    ctx.save_for_backward(*output, *inputs[:_NUM_TENSORS])  # but for the bias nothing that grows with seqlen^2
+    ctx.numbers = inputs[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)  # most calls use `out` alone: then there is no dlse to add
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, out, lse = ctx.saved_tensors
+    out, lse, *tensors = ctx.saved_tensors
+    call = _Call(*tensors, *ctx.numbers)
     if dout is None:
         dout = torch.zeros_like(out)
-    needs_dbias = bias is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = torch.ops.triton_attention.attention_bwd(
-        dout, dlse, q, k, v, bias, out, lse, needs_dbias, *ctx.call
-    )
-    return dq, dk, dv, dbias if needs_dbias else None, *(None for _ in ctx.call)
+    needs_dbias = call.bias is not None and ctx.needs_input_grad[call._fields.index("bias")]
+    dq, dk, dv, dbias, dsink = torch.ops.triton_attention.attention_bwd(dout, dlse, out, lse, needs_dbias, *call)
+    gradients = {"q": dq, "k": dk, "v": dv, "bias": dbias if needs_dbias else None, "sink": dsink}
+    return tuple(gradients.get(name) if argument is not None else None for name, argument in call._asdict().items())
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:

@@ -6,7 +6,7 @@ and any backend agree on it:
 
     key     = the low and the high 32 bits of the seed
     counter = (key position // 4, query position, batch * heads + head, 0)
-    kept    iff word[key position % 4] >= round(dropout_p * 2**32)
+    kept    iff word[key position % 4] >= drop_below(dropout_p), which is round(dropout_p * 2**32)
 """
 
 from __future__ import annotations
@@ -25,21 +25,31 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def dropout_mask(seed: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """The probabilities kept by dropout of rate `dropout_p`: bool (batch, heads, seqlen_q, seqlen_k), True = kept."""
+def drop_below(dropout_p: float) -> int:
+    """The 32-bit word from which on a probability is kept."""
+    return min(round(dropout_p * 2**32), _WORD)
+
+
+def dropout_mask(
+    seed: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int, first_batch: int = 0
+) -> Tensor:
+    """The probabilities kept by dropout of rate `dropout_p`: bool (batch, heads, seqlen_q, seqlen_k), True = kept.
+
+    They are those of the batch entries from `first_batch` on.
+    """
 
     def positions(size: int) -> Tensor:
         return torch.arange(size, dtype=torch.int64, device=seed.device)
 
     key_blocks = positions((seqlen_k + 3) // 4)
     queries = positions(seqlen_q)[:, None]
-    batch_heads = positions(batch * heads)[:, None, None]
+    batch_heads = (first_batch * heads + positions(batch * heads))[:, None, None]
     words = philox_4x32(
         (key_blocks, queries, batch_heads, torch.zeros_like(key_blocks)),
         (seed & _WORD, seed >> 32 & _WORD),
     )
     word = torch.stack(words, dim=-1).flatten(-2)[..., :seqlen_k]  # (batch * heads, seqlen_q, seqlen_k)
-    return (word >= round(dropout_p * 2**32)).view(batch, heads, seqlen_q, seqlen_k)
+    return (word >= drop_below(dropout_p)).view(batch, heads, seqlen_q, seqlen_k)
 
 
 def philox_4x32(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class Bias(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call."""
+    """The tensors of a call. Packed sequences have no axis batch: they follow each other in (total, heads, dim)."""
 
     q: Tensor  # (batch, seqlen_q, heads_q, head_dim)
     k: Tensor  # (batch, seqlen_k, heads_kv, head_dim)
@@ -98,6 +99,36 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None  # (1 | batch, 1 | heads_q, 1 | seqlen_q, 1 | seqlen_k)
     alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q)
     sink: Tensor | None = None  # (heads_q,)
+    cu_seqlens_q: Tensor | None = None  # int32 (batch + 1,): where packed sequences begin, and the last one ends
+    cu_seqlens_k: Tensor | None = None
+
+
+class Packing(NamedTuple):
+    """How sequences are packed one after the other into tensors (total, heads, dim): sequence i has the rows
+    [cu_seqlens[i], cu_seqlens[i + 1])."""
+
+    cu_seqlens_q: Tensor  # int32 (batch + 1,)
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int  # no sequence is longer
+    max_seqlen_k: int
+
+    @property
+    def batch(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
+
+
+class Extras(NamedTuple):
+    """What few calls have, and some backends do not run."""
+
+    softcap: float = 0.0  # 0.0 = none
+    alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32
+    sink: Tensor | None = None  # (heads_q,)
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # of dropout, int64 (); there if dropout_p > 0
+    packing: Packing | None = None
+
+
+NO_EXTRAS = Extras()
 
 
 class Problem(NamedTuple):
@@ -106,7 +137,7 @@ class Problem(NamedTuple):
     batch: int
     heads_q: int
     heads_kv: int
-    seqlen_q: int
+    seqlen_q: int  # of packed sequences: max_seqlen_q and max_seqlen_k
     seqlen_k: int
     head_dim: int
     head_dim_v: int
@@ -124,6 +155,7 @@ class Problem(NamedTuple):
     # Every row of q, k, v, and of a bias that varies along queries and keys, starts at a multiple of 16 bytes, as
     # tensor descriptors want it. Always True under torch.compile, where the question would be a guard on strides.
     aligned: bool
+    varlen: bool = False  # sequences of different lengths are packed one after the other
 
     @classmethod
     def from_tensors(
@@ -135,8 +167,10 @@ class Problem(NamedTuple):
         softcap: float,
         dropout_p: float,
         deterministic: bool,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
     ) -> Problem:
-        """Validate a call and describe it.
+        """Validate a call and describe it. It is one of packed sequences iff `inputs` has `cu_seqlens_q`.
 
         `softmax_scale=None` means 1 / sqrt(head_dim); every other number, 0.0 included, means itself. A batch or a
         sequence length of 0 is valid.
@@ -145,14 +179,24 @@ class Problem(NamedTuple):
             TypeError: an argument is of the wrong kind: no tensor, a wrong dtype, no number, no bool.
             ValueError: an argument is of the right kind, but its shape, device, layout or value is wrong.
         """
-        q, k, v, bias, alibi_slopes, sink = inputs
-        _check_qkv(q, k, v)
-        batch, seqlen_q, heads_q, head_dim = q.shape
-        _, seqlen_k, heads_kv, head_dim_v = v.shape
+        q, k, v, bias, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k = inputs
+        varlen = cu_seqlens_q is not None
+        _check_qkv(q, k, v, packed=varlen)
+        *_, heads_q, head_dim = q.shape
+        *_, heads_kv, head_dim_v = v.shape
+        if varlen:
+            seqlen_q, seqlen_k = _length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_k", max_seqlen_k)
+            boundaries = _check_cu_seqlens("q", cu_seqlens_q, q, seqlen_q, None)
+            _check_cu_seqlens("k", cu_seqlens_k, k, seqlen_k, boundaries)
+            batch = boundaries - 1
+        else:
+            batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
         addend_dtypes = _DTYPES if q.dtype == torch.float64 else _ADDEND_DTYPES
         if bias is not None:
             _check_extra("bias", bias, q, (*addend_dtypes, torch.bool))
-            _check_broadcastable("bias", bias, batch=batch, heads_q=heads_q, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+            longest = "max_" if varlen else ""
+            rows = {f"{longest}seqlen_q": seqlen_q, f"{longest}seqlen_k": seqlen_k}
+            _check_broadcastable("bias", bias, batch=batch, heads_q=heads_q, **rows)
         if alibi_slopes is not None:
             _check_extra("alibi_slopes", alibi_slopes, q, (torch.float32,))
             _check_slopes("alibi_slopes", alibi_slopes, batch, heads_q)
@@ -180,6 +224,7 @@ class Problem(NamedTuple):
             deterministic=deterministic,
             needs_grad=any(_needs_grad(tensor) for tensor in inputs),
             aligned=torch.compiler.is_compiling() or all(map(_starts_aligned, read_by_rows(q, k, v, bias))),
+            varlen=varlen,
         )
 
 
@@ -189,6 +234,8 @@ def _needs_grad(tensor: Tensor | None) -> bool:
 
 def read_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """What kernels read as matrices: q, k, v, and a bias that varies along queries and keys."""
+    if q.dim() == 3:
+        q, k, v = q[None], k[None], v[None]
     return (q, k, v) if bias is None or bias.shape[2] == 1 or bias.shape[3] == 1 else (q, k, v, bias)
 
 
@@ -219,23 +266,59 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     check_tensor("q", q)
     _check_dtype("q", q, _DTYPES)
-    _check_shape("q", q, batch=None, seqlen_q=None, heads_q=None, head_dim=None)
-    batch, _, heads_q, head_dim = q.shape
+    rows_q: dict[str, int | None] = {"total_q": None} if packed else {"batch": None, "seqlen_q": None}
+    _check_shape("q", q, **rows_q, heads_q=None, head_dim=None)
+    *_, heads_q, head_dim = q.shape
     _check_head_dim("q", head_dim)
 
     check_tensor("k", k)
     _check_like_q("k", k, q)
-    _check_shape("k", k, batch=batch, seqlen_k=None, heads_kv=None, head_dim=head_dim)
-    _, seqlen_k, heads_kv, _ = k.shape
+    rows_k: dict[str, int | None] = {"total_k": None} if packed else {"batch": q.shape[0], "seqlen_k": None}
+    _check_shape("k", k, **rows_k, heads_kv=None, head_dim=head_dim)
+    *_, heads_kv, _ = k.shape
     _check_heads(heads_q, heads_kv)
 
     check_tensor("v", v)
     _check_like_q("v", v, q)
-    _check_shape("v", v, batch=batch, seqlen_k=seqlen_k, heads_kv=heads_kv, head_dim_v=None)
-    _check_head_dim("v", v.shape[3])
+    _check_shape("v", v, **dict(zip(rows_k, k.shape, strict=False)), heads_kv=heads_kv, head_dim_v=None)
+    _check_head_dim("v", v.shape[-1])
+
+
+def _check_cu_seqlens(axis: str, cu_seqlens: Tensor | None, rows: Tensor, max_seqlen: int, size: int | None) -> int:
+    """Check the boundaries of the sequences packed into `rows`, q or k, and return how many there are.
+
+    What they hold is checked where it can be read without waiting for a device.
+    """
+    name = f"cu_seqlens_{axis}"
+    check_tensor(name, cu_seqlens)
+    assert cu_seqlens is not None  # for the type checker
+    _check_dtype(name, cu_seqlens, (torch.int32,))
+    _check_device(name, cu_seqlens, rows)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or (size is not None and cu_seqlens.shape[0] != size):
+        expected = "batch + 1" if size is None else f"batch + 1 = {size}"
+        raise ValueError(f"{name} must be ({expected},), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        starts = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(starts)]
+        total = rows.shape[0]
+        if starts[0] != 0 or starts[-1] > total or any(length < 0 for length in lengths):
+            raise ValueError(f"{name} must rise from 0 to at most the {total} rows of {axis}, got {starts}")
+        if any(length > max_seqlen for length in lengths):
+            raise ValueError(
+                f"max_seqlen_{axis} must be at least the length of every sequence, {max(lengths)}, got {max_seqlen}"
+            )
+    return cu_seqlens.shape[0]
+
+
+def _length(name: str, value: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
 
 
 def _check_extra(name: str, tensor: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

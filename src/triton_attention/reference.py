@@ -6,7 +6,10 @@ It materialises the scores, so that it needs O(seqlen_q * seqlen_k) memory; auto
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,7 +34,50 @@ def attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
     A query that sees no key has out 0, lse -inf (with a sink: lse = sink), and gradient 0. Query head h reads the
     key/value head h // (heads_q // heads_kv). Dropout keeps what `philox.dropout_mask` says, scaled by
     1 / (1 - dropout_p), and leaves lse as it is. Differentiable, any number of times, in all inputs but alibi_slopes.
+
+    Of packed sequences each is computed alone, with its part of the bias, and as batch entry i for slopes and dropout;
+    out is (total_q, heads_q, head_dim_v) and lse (heads_q, total_q). Rows that no sequence has get out 0 and lse -inf.
     """
+    seed = draw_seed(problem.device) if problem.dropout_p > 0 else None
+    if problem.varlen:
+        return each_sequence(inputs, problem, partial(_attention, seed=seed))
+    return _attention(inputs, problem, 0, seed)
+
+
+def each_sequence(
+    inputs: Inputs, problem: Problem, attend: Callable[[Inputs, Problem, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of packed sequences from those of each one: `attend` is given it as a batch of one, and its number.
+
+    Where sequences begin has to be known on the host, which waits for the device.
+    """
+    q, k, v, bias, slopes, _, cu_seqlens_q, cu_seqlens_k = inputs
+    assert cu_seqlens_q is not None  # for the type checker
+    assert cu_seqlens_k is not None
+    outs, lses = [], []
+    boundaries = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+    for i, ((start_q, end_q), (start_k, end_k)) in enumerate(boundaries):
+        seqlen_q, seqlen_k = end_q - start_q, end_k - start_k
+        sequence = Inputs(q[None, start_q:end_q], k[None, start_k:end_k], v[None, start_k:end_k], sink=inputs.sink)
+        if bias is not None:
+            shared = bias if bias.shape[0] == 1 else bias[i, None]
+            sequence = sequence._replace(bias=shared[:, :, :seqlen_q, :seqlen_k])
+        if slopes is not None:
+            sequence = sequence._replace(alibi_slopes=slopes if slopes.dim() == 1 else slopes[i, None])
+        alone = problem._replace(batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, varlen=False)
+        out, lse = attend(sequence, alone, i)
+        outs.append(out[0])
+        lses.append(lse[0])
+    unused = q.shape[0] - sum(out.shape[0] for out in outs)
+    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    nothing = q[:0].sum() + k[:0].sum() + v[:0].sum()  # 0, and differentiable even if there is no sequence
+    outs.append(nothing.expand(unused, problem.heads_q, problem.head_dim_v))
+    lses.append(q.new_full((problem.heads_q, unused), -math.inf, dtype=dtype))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _attention(inputs: Inputs, problem: Problem, first_batch: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of a batch of equal lengths, whose entries dropout counts from `first_batch`."""
     b, h, hk, seqlen_q, seqlen_k = problem.batch, problem.heads_q, problem.heads_kv, problem.seqlen_q, problem.seqlen_k
     rows = h // hk * seqlen_q  # the queries of all heads that share a key/value head
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
@@ -40,8 +86,8 @@ def attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
         q = (problem.softmax_scale * q).reshape(b, hk, rows, problem.head_dim)
         scores = (q @ k.mT).view(b, h, seqlen_q, seqlen_k)
         weights, lse = _softmax(_modified(scores, inputs, problem), inputs.sink)
-        if problem.dropout_p > 0:
-            kept = dropout_mask(draw_seed(problem.device), problem.dropout_p, b, h, seqlen_q, seqlen_k)
+        if seed is not None:
+            kept = dropout_mask(seed, problem.dropout_p, b, h, seqlen_q, seqlen_k, first_batch)
             weights = weights.masked_fill(~kept, 0) / (1 - problem.dropout_p)
         out = (weights.view(b, hk, rows, seqlen_k) @ v).view(b, h, seqlen_q, problem.head_dim_v)
         return out.to(problem.dtype).transpose(1, 2).contiguous(), lse

@@ -2,14 +2,15 @@
 
 import random
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
 from hardware import IS_HOPPER, needs_hopper
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from triton_attention import attention, explain, kernel
-from triton_attention.testing import Case, check_against_float64, make_inputs
+from triton_attention import attention, attention_varlen, explain, kernel
+from triton_attention.testing import Case, check_against_float64, make_inputs, next_dropout_mask
 from triton_attention.testing.cases import CAUSAL
 
 
@@ -250,22 +251,133 @@ def test_bias_beyond_2_to_the_31_elements():
         assert (dbias[:, -1:, part] - dbias_exact).abs().max() < 2e-2 * dbias_exact.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("keywords", "reason"),
-    [
-        ({"softcap": 3.0}, "softcap"),
-        ({"dropout_p": 0.1}, "dropout"),
-        ({"alibi_slopes": torch.ones(2)}, "alibi_slopes"),
-        ({"sink": torch.ones(2)}, "sink"),
-    ],
-    ids=str,
-)
-def test_what_no_backend_runs_is_refused_with_reasons(keywords, reason):
-    q = torch.randn(1, 8, 2, 16, device="cuda", dtype=torch.bfloat16)
-    keywords = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
-    with pytest.raises(NotImplementedError, match=reason):
-        attention(q, q, q, **keywords)
-    attention(q, q, q, **keywords, backend="reference")
+@pytest.mark.parametrize("seqlen_q", [50, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dropout_keeps_what_the_reference_keeps(dtype, seqlen_q):
+    """With equal scores no probability is 0 by itself, and unit vectors say from which key it is."""
+    q, k = (torch.zeros(2, seqlen, 4, 64, device="cuda", dtype=dtype) for seqlen in (seqlen_q, 256))
+    v = torch.eye(256, device="cuda", dtype=dtype)[:, None].expand(2, 256, 4, 256)
+    expected = next_dropout_mask(q, k, 0.3)
+    assert torch.equal(attention(q, k, v, dropout_p=0.3).transpose(1, 2) != 0, expected)
+
+
+def test_dropout_in_a_cuda_graph_draws_anew_and_shares_its_mask_with_the_backward():
+    torch.use_deterministic_algorithms(False)
+    q, k = (torch.zeros(1, 64, 1, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+    v = torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None].requires_grad_()
+
+    def kept():
+        out = attention(q, k, v, dropout_p=0.5)
+        (dv,) = torch.autograd.grad(out, v, torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None])
+        return out[0, :, 0].detach() != 0, dv[0, :, 0].T != 0
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        kept()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward, backward = kept()
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(forward, backward)
+        replays.append(forward.clone())
+    assert not torch.equal(*replays)
+
+
+def packed(lengths, heads_q=4, heads_kv=4, head_dim=64, dtype=torch.bfloat16):
+    """q, k, v of these lengths along queries and keys, and how they are packed."""
+    total = sum(lengths)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    tensors = [normal(total, heads, head_dim, dtype=dtype) for heads in (heads_q, heads_kv, heads_kv)]
+    longest = max(lengths)
+    how = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return tensors, how
+
+
+def parts(tensor, lengths):
+    return [part[None] for part in tensor.split(lengths)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 59])
+def test_one_long_sequence_among_short_ones(head_dim):
+    lengths = [4096, *range(1, 64)]
+    random.Random(0).shuffle(lengths)
+    leaves, how = packed(lengths, heads_kv=2, head_dim=head_dim)
+    out, lse = attention_varlen(*leaves, **how, causal=True, return_lse=True, backend="portable")
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    expected = [
+        (*attention(*tensors, causal=True, return_lse=True, backend="portable"), tensors, part)
+        for *tensors, part in zip(*(parts(x, lengths) for x in (*leaves, dout)), strict=True)
+    ]
+    close = partial(torch.testing.assert_close, rtol=2e-2, atol=1e-2)
+    close(out, torch.cat([one[0][0] for one in expected]))
+    close(lse, torch.cat([one[1][0] for one in expected], dim=1))
+    each = [torch.autograd.grad(one[0], one[2], one[3]) for one in expected]
+    for one, two in zip(gradients, zip(*each, strict=True), strict=True):
+        close(one, torch.cat(two, dim=1)[0])
+
+
+def test_a_nan_stays_in_its_sequence():
+    torch.use_deterministic_algorithms(False)
+    lengths = [100, 77, 300]
+    leaves, how = packed(lengths)
+
+    def results():
+        out = attention_varlen(*leaves, **how, causal=True, backend="portable")
+        return out.detach(), *torch.autograd.grad(out.float().sin().sum(), leaves)
+
+    expected = results()
+    with torch.no_grad():
+        for tensor in leaves:
+            tensor[100:177] = float("nan")
+    for one, two in zip(results(), expected, strict=True):
+        assert torch.equal(one[:100], two[:100])
+        assert torch.equal(one[177:], two[177:])
+
+
+def test_nothing_waits_for_the_lengths():
+    torch.use_deterministic_algorithms(False)
+    leaves, how = packed([100, 77, 300])
+    bias = normal(3, 4, 300, 300)
+    slopes, sink = torch.rand(4, device="cuda"), normal(4)
+
+    def results():
+        out = attention_varlen(*leaves, **how, bias=bias, alibi_slopes=slopes, sink=sink, dropout_p=0.1)
+        return torch.autograd.grad(out.float().square().sum(), [*leaves, bias, sink])
+
+    results()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_of_packed_sequences_follows_their_lengths():
+    torch.use_deterministic_algorithms(False)
+    leaves, how = packed([100, 77, 300])
+    how |= {"max_seqlen_q": 477, "max_seqlen_k": 477}
+
+    def results():
+        out = attention_varlen(*leaves, **how, causal=True)
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        results()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    for lengths in ([0, 400, 77], [1, 2, 3]):  # the second leaves rows that no sequence has
+        how["cu_seqlens_q"].copy_(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+        graph.replay()
+        assert all(torch.equal(one, two) for one, two in zip(captured, results(), strict=True))
 
 
 def test_double_on_a_gpu_is_refused_unless_the_reference_is_asked():

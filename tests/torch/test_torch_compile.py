@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_attention import attention
+from triton_attention import attention, attention_varlen
 from triton_attention.compat import flash_attn, flash_attn_triton
 from triton_attention.compat.sdpa import scaled_dot_product_attention
 from triton_attention.portable import launch
@@ -65,12 +65,21 @@ def biased_sdpa(q, k, v, bias):
     return scaled_dot_product_attention(q, k, v, bias, scale=0.3, enable_gqa=True)
 
 
+def with_sink(seqlen_q, seqlen_k):
+    return *grouped_bshd(seqlen_q, seqlen_k), (2,)
+
+
+def capped(q, k, v, sink):
+    return attention(q, k, v, softcap=2.0, alibi_slopes=torch.tensor([0.1, 0.2]), sink=sink, causal=True)
+
+
 FACES = {
     "attention": Face(attention, grouped_bshd),
     "lse": Face(partial(attention, causal=True, return_lse=True), grouped_bshd),
     "bias": Face(lambda q, k, v, bias: attention(q, k, v, bias=bias, causal=True), with_bias(1, 2, "q", "k")),
     "bias of keys": Face(lambda q, k, v, bias: attention(q, k, v, bias=bias), with_bias("k")),
     "mask": Face(masked, with_bias(1, 1, 1, "k")),
+    "softcap, ALiBi, sink": Face(capped, with_sink),
     "autocast": Face(under_autocast, bshd),
     "flash_attn": Face(partial(flash_attn.flash_attn_func, causal=True), bshd),
     "flash_attn, probs": Face(
@@ -116,6 +125,44 @@ def test_one_graph_for_all_lengths(monkeypatch, face):
         for lengths in LENGTHS:
             assert_equals_eager(compiled, face, lengths)
     assert run_forward.call_count == 2 * len(LENGTHS)  # compiled and eager, and no other backend
+
+
+def test_packed_sequences_are_one_graph_for_all_lengths():
+    def capped(q, k, v, bias, starts_q, starts_k, max_seqlen_q, max_seqlen_k):
+        return attention_varlen(
+            q, k, v, bias=bias, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, causal=True, softcap=2.0,
+        )  # fmt: skip
+
+    compiled = torch.compile(capped, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seqlen_q, seqlen_k in LENGTHS:
+            starts = [torch.tensor([0, 2, n + 2], dtype=torch.int32) for n in (seqlen_q, seqlen_k)]
+            shapes = ((seqlen_q + 2, 2, 16), (seqlen_k + 2, 1, 16), (seqlen_k + 2, 1, 16), (2, seqlen_q, seqlen_k))
+            leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+            outcomes = []
+            for function in (compiled, capped):
+                out = function(*leaves, *starts, seqlen_q, seqlen_k)
+                outcomes.append((out, torch.autograd.grad(out.square().sum(), leaves)))
+            torch.testing.assert_close(*outcomes)
+
+
+def test_dropout_is_one_graph_whose_passes_share_their_mask():
+    """Of the compiled function alone: `aot_eager` draws other seeds than an eager call."""
+
+    def dropped(q, k, v):
+        return attention(q, k, v, dropout_p=0.5)
+
+    compiled = torch.compile(dropped, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seqlen_q, seqlen_k in LENGTHS:
+            q, k = torch.zeros(1, seqlen_q, 1, 16), torch.zeros(1, seqlen_k, 1, 16)
+            v, dout = (torch.eye(16)[None, :seqlen, None].clone() for seqlen in (seqlen_k, seqlen_q))
+            out = compiled(q, k, v.requires_grad_())
+            (dv,) = torch.autograd.grad(out, v, dout)
+            kept = out[0, :, 0, :seqlen_k]  # the probabilities that were kept
+            torch.testing.assert_close(dv[0, :, 0, :seqlen_q].T, kept)
+            assert 0 < (kept != 0).sum() < seqlen_q * seqlen_k
 
 
 def test_two_graphs_where_nothing_is_said_of_lengths():

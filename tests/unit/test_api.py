@@ -154,13 +154,66 @@ def test_dropout_is_reproducible():
     assert not torch.equal(first, second)
 
 
-def test_variable_length_is_not_there_yet():
-    q = torch.zeros(7, HEADS, HEAD_DIM)
-    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
-    lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": 4, "max_seqlen_k": 4}
-    with pytest.raises(NotImplementedError) as caught:
-        attention_varlen(q, q, q, **lengths)
-    assert str(caught.value) == (
-        "attention_varlen is not there yet: pad the sequences to one length and give attention(..., bias=mask) "
-        "a bool mask (batch, 1, 1, seqlen_k), True where a key exists"
+SEQUENCES = ((3, 5), (0, 2), (4, 0), (1, 1))  # (seqlen_q, seqlen_k); one row of q and two of k belong to none
+LENGTHS = {
+    "cu_seqlens_q": torch.tensor([0, 3, 3, 7, 8], dtype=torch.int32),
+    "cu_seqlens_k": torch.tensor([0, 5, 7, 7, 8], dtype=torch.int32),
+    "max_seqlen_q": 6,
+    "max_seqlen_k": 5,
+}
+
+
+def packed_qkv():
+    shapes = ((9, HEADS, HEAD_DIM), (10, HEADS // 2, HEAD_DIM), (10, HEADS // 2, HEAD_DIM_V))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_varlen_is_attention_of_each_sequence():
+    q, k, v = leaves = packed_qkv()
+    bias = torch.randn(4, 1, 6, 5, requires_grad=True)
+    slopes, sink = torch.rand(4, HEADS), torch.randn(HEADS, dtype=torch.float64, requires_grad=True)
+    leaves += [bias, sink]
+    options = {"causal": True, "window": (3, None), "softcap": 2.0, "sink": sink, "return_lse": True}
+    out, lse = attention_varlen(q, k, v, **LENGTHS, **options, bias=bias, alibi_slopes=slopes)
+    assert (out.shape, lse.shape) == ((9, HEADS, HEAD_DIM_V), (HEADS, 9))
+    starts_q, starts_k = LENGTHS["cu_seqlens_q"].tolist(), LENGTHS["cu_seqlens_k"].tolist()
+    outs, lses = [], []
+    for i, (seqlen_q, seqlen_k) in enumerate(SEQUENCES):
+        rows, keys = slice(starts_q[i], starts_q[i] + seqlen_q), slice(starts_k[i], starts_k[i] + seqlen_k)
+        part = bias[i, None, :, :seqlen_q, :seqlen_k]
+        alone = attention(q[None, rows], k[None, keys], v[None, keys], **options, bias=part, alibi_slopes=slopes[i])
+        outs.append(alone[0][0])
+        lses.append(alone[1][0])
+    expected, expected_lse = torch.cat(outs), torch.cat(lses, dim=1)
+    torch.testing.assert_close((out[:8], lse[:, :8]), (expected, expected_lse))
+    assert torch.equal(out[8], torch.zeros_like(out[8]))
+    assert torch.equal(lse[:, 8], torch.full_like(lse[:, 8], -math.inf))
+    weights = torch.randn_like(expected), torch.randn_like(expected_lse)
+    torch.testing.assert_close(
+        torch.autograd.grad((out[:8], lse[:, :8]), leaves, weights),
+        torch.autograd.grad((expected, expected_lse), leaves, weights),
     )
+
+
+def test_dropout_of_a_sequence_is_that_of_its_batch_entry():
+    q, k, v = torch.randn(3, 2, 4, HEADS, 8)
+    starts = torch.tensor([0, 4, 8], dtype=torch.int32)
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 4, "max_seqlen_k": 4}
+    torch.manual_seed(1)
+    packed = attention_varlen(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, dropout_p=0.5)
+    torch.manual_seed(1)
+    torch.testing.assert_close(packed, attention(q, k, v, dropout_p=0.5).flatten(0, 1))
+
+
+@pytest.mark.parametrize(("total_q", "total_k", "batch"), [(0, 3, 2), (3, 0, 2), (0, 0, 1), (3, 4, 0)])
+def test_varlen_of_nothing(total_q, total_k, batch, monkeypatch):
+    seen = spy(monkeypatch)
+    q, k = torch.randn(total_q, HEADS, 8, requires_grad=True), torch.randn(total_k, HEADS // 2, 8, requires_grad=True)
+    starts = (torch.zeros(batch + 1, dtype=torch.int32) for _ in range(2))
+    lengths = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True), max_seqlen_q=total_q, max_seqlen_k=9)
+    out, lse = attention_varlen(q, k, k, **lengths, return_lse=True)
+    assert torch.equal(out, torch.zeros(total_q, HEADS, 8))
+    assert torch.equal(lse, torch.full((HEADS, total_q), -math.inf))
+    assert not seen
+    out.sum().backward()
+    assert torch.equal(q.grad, torch.zeros_like(q))

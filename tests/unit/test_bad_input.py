@@ -493,7 +493,6 @@ NO_BACKEND_ROWS = [
         "portable",
         f"{CALL}, torch.float32 on cpu, alibi, sink, softcap 2, dropout_p 0.5, forward",
         NEEDS_A_GPU,
-        *HAS_NONE_OF,
         **EVERYTHING,
     ),
     *refused_by(
@@ -532,26 +531,152 @@ NO_BACKEND_ROWS = [
 ]
 
 
+# Packed sequences
+STARTS = torch.tensor([0, 3, 5], dtype=torch.int32)
+CUMULATED = {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS, "max_seqlen_q": 3, "max_seqlen_k": 3}
+PACKED = {"q": tensor(5, 4, 8), "k": tensor(5, 2, 8), "v": tensor(5, 2, 6), **CUMULATED}
+VARLEN = (attention_varlen, flash_attn.flash_attn_varlen_func)
+VARLEN_KV, VARLEN_QKV = (flash_attn.flash_attn_varlen_kvpacked_func,), (flash_attn.flash_attn_varlen_qkvpacked_func,)
+
+
+def starts(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+VARLEN_ROWS = [
+    *wrong(VARLEN, "q", ValueError, "must be (total_q, heads_q, head_dim)", (Q, "(2, 3, 4, 8)"), **PACKED),
+    *wrong(VARLEN, "k", ValueError, "must be (total_k, heads_kv, head_dim=8)", (K, "(2, 5, 2, 8)"), **PACKED),
+    *wrong(
+        VARLEN,
+        "v",
+        ValueError,
+        "must be (total_k=5, heads_kv=2, head_dim_v)",
+        (tensor(4, 2, 8), "(4, 2, 8)"),
+        (tensor(5, 4, 8), "(5, 4, 8)"),
+        **PACKED,
+    ),
+    *(
+        row
+        for axis in ("q", "k")
+        for row in (
+            *wrong(VARLEN, f"cu_seqlens_{axis}", TypeError, TENSOR, *NO_TENSORS, **PACKED),
+            *wrong(
+                VARLEN,
+                f"cu_seqlens_{axis}",
+                TypeError,
+                "must be torch.int32",
+                (STARTS.long(), "torch.int64"),
+                (STARTS.float(), "torch.float32"),
+                **PACKED,
+            ),
+            *wrong(VARLEN, f"cu_seqlens_{axis}", ValueError, ON_CPU, (STARTS.to("meta"), "meta"), **PACKED),
+            *wrong(
+                VARLEN,
+                f"cu_seqlens_{axis}",
+                ValueError,
+                f"must rise from 0 to at most the 5 rows of {axis}",
+                *((starts(*values), str(values)) for values in ([1, 3, 5], [0, 4, 3], [0, -1, 3], [0, 3, 6])),
+                **PACKED,
+            ),
+            *wrong(
+                VARLEN,
+                f"max_seqlen_{axis}",
+                TypeError,
+                "must be an int",
+                *as_written(None, 3.0, True, "3", torch.tensor(3)),
+                **PACKED,
+            ),
+            *wrong(VARLEN, f"max_seqlen_{axis}", ValueError, "must not be negative", (-1, "-1"), **PACKED),
+            *wrong(
+                VARLEN,
+                f"max_seqlen_{axis}",
+                ValueError,
+                "must be at least the length of every sequence, 3",
+                (2, "2"),
+                **PACKED,
+            ),
+        )
+    ),
+    *wrong(
+        VARLEN,
+        "cu_seqlens_q",
+        ValueError,
+        "must be (batch + 1,)",
+        (starts(), "(0,)"),
+        (STARTS[None], "(1, 3)"),
+        (STARTS[0], "()"),
+        **PACKED,
+    ),
+    *wrong(
+        VARLEN,
+        "cu_seqlens_k",
+        ValueError,
+        "must be (batch + 1 = 3,)",
+        (starts(0, 5), "(2,)"),
+        (STARTS[None], "(1, 3)"),
+        **PACKED,
+    ),
+    *wrong(
+        VARLEN,
+        "bias",
+        ValueError,
+        "must be broadcastable to (batch=2, heads_q=4, max_seqlen_q=3, max_seqlen_k=3)",
+        (tensor(4, 5, 5), "(1, 4, 5, 5)"),
+        (tensor(3, 1, 1, 3), "(3, 1, 1, 3)"),
+        **PACKED,
+    ),
+    *wrong(
+        VARLEN,
+        "alibi_slopes",
+        ValueError,
+        "must be (batch=2, heads_q=4)",
+        (tensor(5, 4), "(5, 4)"),
+        **PACKED,
+    ),
+    *wrong(
+        VARLEN_KV,
+        "kv",
+        ValueError,
+        "must be (total_k, 2, heads, head_dim)",
+        (PACKED["k"], "(5, 2, 8)"),
+        **CUMULATED,
+        q=PACKED["q"],
+    ),
+    *wrong(
+        VARLEN_QKV,
+        "qkv",
+        ValueError,
+        "must be (total, 3, heads, head_dim)",
+        (tensor(5, 2, 4, 8), "(5, 2, 4, 8)"),
+        cu_seqlens=STARTS,
+        max_seqlen=3,
+    ),
+    *rows(
+        [flash_attn.flash_attn_varlen_func],
+        PACKED | {"block_table": starts(0)},
+        NotImplementedError,
+        "block_table is not there yet: give flash_attn_varlen_func k and v as contiguous rows, without pages",
+        "block_table",
+    ),
+    *rows(
+        [attention_varlen],
+        PACKED | {"backend": "portable", "causal": True},
+        NotImplementedError,
+        re.compile(
+            r"no backend runs this call \(backend='portable': batch 2, heads 4 / 2, seqlen up to 3 x 3, head dim 8 / "
+            r"6, torch.float32 on cpu, causal, forward\):(\n  portable: triton is not installed)?"
+            rf"\n  portable: {NEEDS_A_GPU}"
+        ),
+        "by-portable",
+    ),
+]
+
+
 def not_there_yet(function, advice, **arguments):
     return rows([function], arguments, NotImplementedError, f"{function.__name__} is not there yet: {advice}", "call")
 
 
-LENGTHS = torch.tensor([0, 3, 5], dtype=torch.int32)
-CUMULATED = {"cu_seqlens_q": LENGTHS, "cu_seqlens_k": LENGTHS, "max_seqlen_q": 3, "max_seqlen_k": 3}
-PACKED = tensor(5, 4, 8)
-PAD_FOR = (
-    "pad the sequences to one length and give {}(..., bias=mask) a bool mask (batch, 1, 1, seqlen_k), True where a key "
-    "exists"
-)
-PAD = PAD_FOR.format("flash_attn_func")
-
 NOT_THERE_YET_ROWS = [
-    *not_there_yet(attention_varlen, PAD_FOR.format("attention"), q=PACKED, k=PACKED, v=PACKED, **CUMULATED),
-    *not_there_yet(flash_attn.flash_attn_varlen_func, PAD, q=PACKED, k=PACKED, v=PACKED, **CUMULATED),
-    *not_there_yet(flash_attn.flash_attn_varlen_kvpacked_func, PAD, q=PACKED, kv=tensor(5, 2, 4, 8), **CUMULATED),
-    *not_there_yet(
-        flash_attn.flash_attn_varlen_qkvpacked_func, PAD, qkv=tensor(5, 3, 4, 8), cu_seqlens=LENGTHS, max_seqlen=3
-    ),
     *not_there_yet(
         flash_attn.flash_attn_with_kvcache,
         "give flash_attn_func the filled part of the cache, k_cache[:, :seqlen] and v_cache[:, :seqlen], and for "
@@ -575,6 +700,7 @@ TABLE = [
     *SDPA_ROWS,
     *BACKEND_ROWS,
     *NO_BACKEND_ROWS,
+    *VARLEN_ROWS,
     *NOT_THERE_YET_ROWS,
 ]
 
@@ -668,7 +794,12 @@ RIGHT_CALLS = [
     *((function, right(function)) for function in (*TAKE_SCALE, *SDPA)),
     *((function, right(function, dropout_p=0.5, softcap=2.0, alibi_slopes=tensor(4))) for function in TAKE_SOFTCAP),
     *((function, right(function, bias=tensor(4, 1, 5), causal=True, softmax_scale=0.5)) for function in TAKE_SCALE),
+    *((function, PACKED | {"causal": True, "bias": tensor(4, 3, 3)}) for function in VARLEN),
 ]
+
+
+def is_differentiable(name):
+    return name != "alibi_slopes" and not name.startswith("cu_seqlens")
 
 
 def right_results():
@@ -677,7 +808,7 @@ def right_results():
     results = []
     for function, arguments in RIGHT_CALLS:
         arguments = {
-            name: value.clone().requires_grad_(name != "alibi_slopes") if torch.is_tensor(value) else value
+            name: value.clone().requires_grad_(is_differentiable(name)) if torch.is_tensor(value) else value
             for name, value in arguments.items()
         }
         result = function(**arguments)

@@ -1,6 +1,7 @@
 """Do the drop-in faces have the signatures and the semantics of what they replace?"""
 
 import inspect
+from itertools import accumulate
 
 import pytest
 import torch
@@ -158,18 +159,57 @@ def test_packed_shapes(module):
     assert_refuses(TypeError, "qkv must be a torch.Tensor, got list", module.flash_attn_qkvpacked_func, [1.0])
 
 
-NOT_THERE_YET = [
-    (flash_attn.flash_attn_varlen_func, 7),
-    (flash_attn.flash_attn_varlen_kvpacked_func, 6),
-    (flash_attn.flash_attn_varlen_qkvpacked_func, 3),
-    (flash_attn.flash_attn_with_kvcache, 3),
-]
+def boundaries(*lengths):
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("function", "required"), NOT_THERE_YET)
-def test_not_there_yet(function, required):
-    with pytest.raises(NotImplementedError, match=f"^{function.__name__} is not there yet: .*flash_attn_func"):
-        function(*[torch.zeros(3)] * required)
+def test_flash_attn_varlen_is_attention_of_each_sequence():
+    q, k, v = (torch.randn(total, heads, HEAD_DIM, requires_grad=True) for total, heads in ((8, 4), (10, 2), (10, 2)))
+    slopes, bias = torch.rand(2, HEADS), torch.randn(HEADS, 1, 7, requires_grad=True)
+    lengths = (boundaries(3, 5), boundaries(7, 3), 5, 7)
+    actual, lse, probabilities = flash_attn.flash_attn_varlen_func(
+        q, k, v, *lengths, 0.0, 0.5, True, (2, -1), 3.0, slopes, True, True, None, bias=bias
+    )
+    options = {"softmax_scale": 0.5, "causal": True, "window_size": (2, -1), "softcap": 3.0, "return_attn_probs": True}
+    each = [
+        flash_attn.flash_attn_func(
+            q[None, rows], k[None, keys], v[None, keys], alibi_slopes=slopes[i], bias=bias[:, :, :seqlen_k], **options
+        )
+        for i, (rows, keys, seqlen_k) in enumerate(((slice(3), slice(7), 7), (slice(3, 8), slice(7, 10), 3)))
+    ]
+    assert_same(actual, torch.cat([out[0] for out, _, _ in each]), (q, k, v, bias))
+    torch.testing.assert_close(lse, torch.cat([lse[0] for _, lse, _ in each], dim=1))
+    assert probabilities is None
+
+
+def test_flash_attn_varlen_packed():
+    q, k, v = (torch.randn(8, HEADS, HEAD_DIM, requires_grad=True) for _ in range(3))
+    kv, qkv = torch.stack([k, v], dim=1), torch.stack([q, k, v], dim=1)
+    starts, arguments, bias = boundaries(3, 5), (0.0, 0.5, True, (3, 0)), torch.randn(HEADS, 5, 5)
+    expected = flash_attn.flash_attn_varlen_func(q, k, v, starts, starts, 5, 5, *arguments, bias=bias)
+    actual = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, starts, starts, 5, 5, *arguments, bias=bias)
+    assert_same(actual, expected, (q, k, v))
+    actual = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, starts, 5, *arguments, bias=bias)
+    assert_same(actual, expected, (q, k, v))
+
+
+def test_flash_attn_varlen_refuses():
+    packed, starts = torch.zeros(8, 2, HEADS, HEAD_DIM), boundaries(3, 5)
+    message = "qkv must be (total, 3, heads, head_dim), got (8, 2, 4, 8)"
+    assert_refuses(ValueError, message, flash_attn.flash_attn_varlen_qkvpacked_func, packed, starts, 5)
+    message = "kv must be (total_k, 2, heads, head_dim), got (8, 4, 8)"
+    arguments = (packed[:, 0], packed[:, 0], starts, starts, 5, 5)
+    assert_refuses(ValueError, message, flash_attn.flash_attn_varlen_kvpacked_func, *arguments)
+    message = "block_table is not there yet: give flash_attn_varlen_func k and v as contiguous rows, without pages"
+    arguments = (*packed.unbind(1), packed[:, 0], starts, starts, 5, 5)
+    assert_refuses(
+        NotImplementedError, message, flash_attn.flash_attn_varlen_func, *arguments, block_table=torch.zeros(2, 1)
+    )
+
+
+def test_key_value_caches_are_not_there_yet():
+    with pytest.raises(NotImplementedError, match=r"^flash_attn_with_kvcache is not there yet: .*flash_attn_func"):
+        flash_attn.flash_attn_with_kvcache(*[torch.zeros(3)] * 3)
 
 
 # The classic module

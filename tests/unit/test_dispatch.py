@@ -110,3 +110,12 @@ def test_explain_computes_nothing():
         "batch 64, heads 16 / 16, seqlen 100000 x 100000, head dim 128 / 128, torch.float32 on meta, causal, "
         "bias (1, 16, 1, 100000) torch.float32 with gradient, forward and backward"
     )
+
+
+def test_hopper_refuses_packed_sequences():
+    q = torch.zeros(5, 2, 8, dtype=torch.float16)
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 3, "max_seqlen_k": 3}
+    reasons = triton_attention.explain(q, q, q, **lengths).reasons
+    assert "has no sequences of different lengths (cu_seqlens)" in reasons["hopper"]
+    assert len(reasons["portable"]) == len(triton_attention.explain(q[None], q[None], q[None]).reasons["portable"])

@@ -29,7 +29,7 @@ ARROWS = {
     "hopper.support": {"problem"},
     "hopper": {"_compat", "arguments", "blocks", "hopper", "kernel", "problem"},
     "portable.support": {"problem"},
-    "portable": {"arguments", "blocks", "kernel", "portable", "problem"},
+    "portable": {"arguments", "blocks", "kernel", "philox", "portable", "problem"},
     "kernel": {"arguments"},
     "_compat": set(),
     "arguments": {"problem"},
@@ -37,7 +37,7 @@ ARROWS = {
     "reference": {"philox", "problem"},
     "philox": set(),
     "problem": set(),
-    "testing": {"", "hopper", "kernel", "ops", "portable", "problem", "reference", "testing"},
+    "testing": {"", "hopper", "kernel", "ops", "philox", "portable", "problem", "reference", "testing"},
 }
 MAY_IMPORT_TRITON = {"_compat", "cli", "hopper", "kernel", "portable", "testing"}
 

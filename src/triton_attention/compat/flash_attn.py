@@ -1,8 +1,8 @@
 """How is attention called in place of flash_attn 2.8? Its names, argument order and defaults, and a keyword `bias`.
 
 The mask's diagonal ends at the bottom right. Tensors are (batch, seqlen, heads, head_dim), and packed ones are taken
-apart by views. Every function raises the errors of `triton_attention.attention`. Those for batches of variable length
-and for key/value caches are not there yet: they raise NotImplementedError.
+apart by views. Every function raises the errors of `triton_attention.attention`. That for key/value caches is not there
+yet: it raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -144,8 +144,41 @@ def flash_attn_varlen_func(
     *,
     bias: Tensor | None = None,
 ) -> Tensor | Any:
-    """Not there yet: q (total_q, heads_q, head_dim), k and v (total_k, heads_kv, head_dim)."""
-    raise _no_variable_length("flash_attn_varlen_func")
+    """`flash_attn_func` of sequences of different lengths, packed one after the other: see `attention_varlen`.
+
+    Args:
+        q: (total_q, heads_q, head_dim).
+        k, v: (total_k, heads_kv, head_dim).
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where sequences begin and the last one ends.
+        max_seqlen_q, max_seqlen_k: at least the longest lengths.
+        block_table: must be None; keys and values in pages are not there yet.
+        bias: broadcastable to (batch, heads_q, max_seqlen_q, max_seqlen_k), indexed within each sequence;
+            differentiable, or a bool mask.
+        Everything else is as in `flash_attn_func`.
+
+    Returns:
+        out (total_q, heads_q, head_dim_v); lse (heads_q, total_q), natural logarithm.
+
+    Raises:
+        NotImplementedError: `block_table` is not None.
+    """
+    if block_table is not None:
+        raise NotImplementedError(
+            "block_table is not there yet: give flash_attn_varlen_func k and v as contiguous rows, without pages"
+        )
+    check_flag("return_attn_probs", return_attn_probs)
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    out, lse = run(
+        Inputs(q, k, v, bias, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k),
+        mask=Mask.of(causal, window_size, name="window_size"),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return (out, lse, None) if return_attn_probs else out
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -166,8 +199,26 @@ def flash_attn_varlen_kvpacked_func(
     *,
     bias: Tensor | None = None,
 ) -> Tensor | Any:
-    """Not there yet: q (total_q, heads_q, head_dim), kv (total_k, 2, heads_kv, head_dim)."""
-    raise _no_variable_length("flash_attn_varlen_kvpacked_func")
+    """`flash_attn_varlen_func` of k and v stacked in kv (total_k, 2, heads_kv, head_dim)."""
+    k, v = unpack("kv", kv, 2, "total_k")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        bias=bias,
+    )
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -185,8 +236,26 @@ def flash_attn_varlen_qkvpacked_func(
     *,
     bias: Tensor | None = None,
 ) -> Tensor | Any:
-    """Not there yet: qkv (total, 3, heads, head_dim)."""
-    raise _no_variable_length("flash_attn_varlen_qkvpacked_func")
+    """`flash_attn_varlen_func` of q, k and v stacked in qkv (total, 3, heads, head_dim)."""
+    q, k, v = unpack("qkv", qkv, 3, "total")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        bias=bias,
+    )
 
 
 def flash_attn_with_kvcache(
@@ -219,16 +288,10 @@ def flash_attn_with_kvcache(
     )
 
 
-def unpack(name: str, packed: Tensor, count: int) -> tuple[Tensor, ...]:
-    """The `count` tensors stacked along axis 2 of `packed`, as views, whose gradient is stacked at once."""
+def unpack(name: str, packed: Tensor, count: int, rows: str = "batch, seqlen") -> tuple[Tensor, ...]:
+    """The `count` tensors stacked behind the axes `rows` of `packed`, as views, whose gradient is stacked at once."""
     check_tensor(name, packed)
-    if packed.dim() != 5 or packed.shape[2] != count:
-        raise ValueError(f"{name} must be (batch, seqlen, {count}, heads, head_dim), got {tuple(packed.shape)}")
-    return packed.unbind(2)
-
-
-def _no_variable_length(name: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{name} is not there yet: pad the sequences to one length and give flash_attn_func(..., bias=mask) "
-        "a bool mask (batch, 1, 1, seqlen_k), True where a key exists"
-    )
+    axis = len(rows.split(", "))
+    if packed.dim() != axis + 3 or packed.shape[axis] != count:
+        raise ValueError(f"{name} must be ({rows}, {count}, heads, head_dim), got {tuple(packed.shape)}")
+    return packed.unbind(axis)

@@ -1,9 +1,10 @@
 """The backward kernels: the gradients of q, k, v and the bias, each element owned by one program.
 
 With P the probabilities and dP = dO V^T, the gradient of the scores is dS = P (dP - delta), where
-delta = rowsum(dO O) - dLSE. Then dQ = softmax_scale dS K, dK = softmax_scale dS^T Q, dV = P^T dO, and the gradient
-of the bias is dS, summed over the axes along which it is broadcast. Nothing is summed across programs: there are no
-atomics, and the order of every addition is fixed.
+delta = rowsum(dO O) - dLSE, and that of the products A = softmax_scale Q K^T is dA, which is dS without a softcap.
+Then dQ = softmax_scale dA K, dK = softmax_scale dA^T Q, dV = P^T dO, and the gradient of the bias is dS, summed over
+the axes along which it is broadcast. Dropout leaves some of dP, and of P in dV. Nothing is summed across programs:
+there are no atomics, and the order of every addition is fixed.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_attention.portable.bias import load_bias, store_dbias
+from triton_attention.portable.bias import load_bias, store_dbias, store_dbias_sums
+from triton_attention.portable.dropout import kept_tile
+from triton_attention.portable.heads import query_head
+from triton_attention.portable.schedule import Entry, call_of, own_block, sequence
 from triton_attention.portable.softmax import INFINITY, LOG2_E, score_tile
 from triton_attention.portable.tiles import (
     key_range,
     load_rows,
     load_tile,
     query_range,
-    store_rows,
+    rows_origin,
     store_tile,
     tile_order,
 )
@@ -35,9 +39,10 @@ class Saved(NamedTuple):
     k: object
     v: object
     bias: object
+    extras: object
     dout: object
-    lse: object  # (batch, heads_q, seqlen_q padded), in units of log 2
-    delta: object  # (batch, heads_q, seqlen_q padded)
+    lse: object  # (batch, heads_q, seqlen_q padded), in units of log 2; see `padded_rows`
+    delta: object
 
 
 class Queries(NamedTuple):
@@ -59,37 +64,59 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def padded_rows(batch, head, start, call, BLOCK_M: tl.constexpr):
-    """Offsets into a (batch, heads_q, seqlen_q) tensor whose rows are padded, so that no block needs a mask."""
-    padded = tl.cdiv(call.seqlen_q, ROW_PADDING) * ROW_PADDING
-    return tl.cast(batch * call.heads_q + head, tl.int64) * padded + start + tl.arange(0, BLOCK_M)
+def padded_rows(head, start, call, SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Offsets into a (batch, heads_q, seqlen_q) tensor whose rows are padded, so that no block needs a mask.
+
+    Packed sequences are padded one by one: each begins at the number of its first tile, see `sequence_of`.
+    """
+    if SPEC.VARLEN:
+        packing = call.packing
+        padded = (packing.total_q // ROW_PADDING + packing.batch + 1) * ROW_PADDING
+        begin = (head.rows_q // ROW_PADDING + head.batch) * ROW_PADDING
+        origin = tl.cast(head.index, tl.int64) * padded + begin + start
+    else:
+        padded = tl.cdiv(call.seqlen_q, ROW_PADDING) * ROW_PADDING
+        origin = tl.cast(head.batch * call.heads_q + head.index, tl.int64) * padded + start
+    return origin + tl.arange(0, BLOCK_M)
 
 
 @triton.jit
-def load_queries(saved, batch, head, start, call, SPEC: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
+def load_queries(saved, head, start, call, SPEC: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
     seqlen = call.seqlen_q
-    q = load_tile(saved.q, batch, head, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL)
-    dout = load_tile(
-        saved.dout, batch, head, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL
+    rows, index = head.rows_q, head.index
+    q = load_tile(
+        saved.q, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL, SPEC.VARLEN
     )
-    rows = padded_rows(batch, head, start, call, TILE.BLOCK_M)
-    return Queries(q, dout, tl.load(saved.lse + rows), tl.load(saved.delta + rows), start)
+    dout = load_tile(
+        saved.dout, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL,
+        SPEC.VARLEN,
+    )  # fmt: skip
+    padded = padded_rows(head, start, call, SPEC, TILE.BLOCK_M)
+    return Queries(q, dout, tl.load(saved.lse + padded), tl.load(saved.delta + padded), start)
 
 
 @triton.jit
-def load_keys(saved, batch, head_kv, start, call, SPEC: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
+def load_keys(saved, rows, head_kv, start, call, SPEC: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr):
     seqlen = call.seqlen_k
-    k = load_tile(saved.k, batch, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL)
-    v = load_tile(saved.v, batch, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL)
+    k = load_tile(
+        saved.k, rows, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, FULL, SPEC.VARLEN
+    )
+    v = load_tile(
+        saved.v, rows, head_kv, start, seqlen, TILE.BLOCK_N, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, TILE.TMA, FULL,
+        SPEC.VARLEN,
+    )  # fmt: skip
     return Keys(k, v, start)
 
 
 @triton.jit
 def score_gradient(
-    queries, keys, bias, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr
-):
-    """(P, dS) of a tile, float32 (BLOCK_M, BLOCK_N), or their transposes."""
-    scores = score_tile(queries.q, keys.k, bias, queries.start, keys.start, call, SPEC, TILE, MASKED, TRANSPOSED)
+    queries, keys, bias, head, extras, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """(P, dS, dA) of a tile, float32 (BLOCK_M, BLOCK_N), or their transposes. Dropped probabilities are 0 in P."""
+    scores, slope = score_tile(
+        queries.q, keys.k, bias, head, queries.start, keys.start, call, SPEC, TILE, MASKED, TRANSPOSED
+    )
     if SPEC.RAW_SCORES:
         scores *= call.scale_log2
     if TRANSPOSED:
@@ -99,29 +126,50 @@ def score_gradient(
         lse, delta = queries.lse[:, None], queries.delta[:, None]
         dweights = tl.dot(queries.dout, tl.trans(keys.v), input_precision=SPEC.PRECISION)
     weights = tl.exp2(scores - lse)
-    return weights, weights * (dweights - delta)
+    if SPEC.DROPOUT:
+        kept = kept_tile(head, queries.start, keys.start, call, SPEC, TILE, TRANSPOSED)
+        dscores = weights * (tl.where(kept, dweights * extras.kept_factor, 0.0) - delta)
+        weights = tl.where(kept, weights, 0.0)
+    else:
+        dscores = weights * (dweights - delta)
+    dproducts = dscores
+    if SPEC.SOFTCAP:
+        dproducts *= slope
+    return weights, dscores, dproducts
 
 
 @triton.jit
-def attention_bwd_rows(out, dout, lse, dlse, lse_log2, delta, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+def attention_bwd_rows(out, dout, lse, dlse, extras, lse_log2, delta, call, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The two numbers a query that the other kernels read: delta = rowsum(dout * out) - dlse, and lse / log(2).
 
     A query without visible keys, or in the padding, gets lse = +inf: all its probabilities become 0.
     Grid: one program for each block of BLOCK_M padded queries of each head of each batch entry.
     """
-    seqlen, heads = call.seqlen_q, call.heads_q
-    num_blocks = tl.cdiv(seqlen, ROW_PADDING) * (ROW_PADDING // TILE.BLOCK_M)
-    block, head, batch = tile_order(tl.program_id(0), num_blocks, heads, False)
-    start = block * TILE.BLOCK_M
-    o = load_tile(out, batch, head, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False)
-    do = load_tile(dout, batch, head, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False)
+    if SPEC.VARLEN:
+        start, index, entry = own_block(extras, call, call.heads_q, False, False, SPEC, TILE.BLOCK_M)
+        call = call_of(entry, call)
+    else:
+        num_blocks = tl.cdiv(call.seqlen_q, ROW_PADDING) * (ROW_PADDING // TILE.BLOCK_M)
+        block, index, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, False)
+        start = block * TILE.BLOCK_M
+        entry = Entry(batch, batch, batch, call.seqlen_q, call.seqlen_k)
+    seqlen = call.seqlen_q
+    head = query_head(extras, entry, index, call, SPEC)
+    rows = head.rows_q
+    o = load_tile(
+        out, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False, SPEC.VARLEN
+    )
+    do = load_tile(
+        dout, rows, index, start, seqlen, TILE.BLOCK_M, SPEC.HEAD_DIM_V, SPEC.BLOCK_DV, False, False, SPEC.VARLEN
+    )
     delta_rows = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    origin = rows_origin(head, call, SPEC)
     if dlse is not None:
-        delta_rows -= load_rows(dlse, batch, head, start, heads, seqlen, 0.0, TILE.BLOCK_M)
-    lse_rows = load_rows(lse, batch, head, start, heads, seqlen, -INFINITY, TILE.BLOCK_M) * LOG2_E
-    rows = padded_rows(batch, head, start, call, TILE.BLOCK_M)
-    tl.store(delta + rows, delta_rows)
-    tl.store(lse_log2 + rows, tl.where(lse_rows == -INFINITY, INFINITY, lse_rows))
+        delta_rows -= load_rows(dlse, origin, start, seqlen, 0.0, TILE.BLOCK_M)
+    lse_rows = load_rows(lse, origin, start, seqlen, -INFINITY, TILE.BLOCK_M) * LOG2_E
+    padded = padded_rows(head, start, call, SPEC, TILE.BLOCK_M)
+    tl.store(delta + padded, delta_rows)
+    tl.store(lse_log2 + padded, tl.where(lse_rows == -INFINITY, INFINITY, lse_rows))
 
 
 class KeyGradients(NamedTuple):
@@ -134,15 +182,17 @@ class KeyGradients(NamedTuple):
 
 @triton.jit
 def visit_queries(
-    grads, keys, saved, batch, head, begin, end, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
+    grads, keys, saved, head, begin, end, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
 ):
     """Add what the queries [begin, end) of one head contribute to a block of keys."""
     for start_m in range(begin, end, TILE.BLOCK_M):
-        queries = load_queries(saved, batch, head, start_m, call, SPEC, TILE, not MASKED)
-        bias = load_bias(saved.bias, batch, head, start_m, keys.start, call, SPEC, TILE)
-        weights, dscores = score_gradient(queries, keys, bias, call, SPEC, TILE, MASKED, TRANSPOSED=True)
+        queries = load_queries(saved, head, start_m, call, SPEC, TILE, not MASKED)
+        bias = load_bias(saved.bias, head.batch, head.index, start_m, keys.start, call, SPEC, TILE)
+        weights, dscores, dproducts = score_gradient(
+            queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED, TRANSPOSED=True
+        )
         dv = tl.dot(weights.to(queries.dout.dtype), queries.dout, grads.dv, input_precision=SPEC.PRECISION)
-        dk = tl.dot(dscores.to(queries.q.dtype), queries.q, grads.dk, input_precision=SPEC.PRECISION)
+        dk = tl.dot(dproducts.to(queries.q.dtype), queries.q, grads.dk, input_precision=SPEC.PRECISION)
         dbias = grads.dbias
         if SPEC.DBIAS == "cols":
             dbias += tl.sum(dscores, 1)
@@ -151,31 +201,37 @@ def visit_queries(
 
 
 @triton.jit
-def attention_bwd_dkdv(q, k, v, bias, dout, lse, delta, dk, dv, dbias, call, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head.
+def attention_bwd_dkdv(
+    q, k, v, bias, extras, dout, lse, delta, dk, dv, dbias, call, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """dK = softmax_scale dA^T Q and dV = P^T dO, summed over the query heads that share a key head.
 
     Grid: one program for each block of BLOCK_N keys of each key head of each batch entry. It owns these rows of `dk`
     and `dv`, and with SPEC.DBIAS == "cols" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k).
     """
-    saved = Saved(q, k, v, bias, dout, lse, delta)
-    num_blocks = tl.cdiv(call.seqlen_k, TILE.BLOCK_N)
-    block, head_kv, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q // call.group, False)
-    start_n = block * TILE.BLOCK_N
+    saved = Saved(q, k, v, bias, extras, dout, lse, delta)
+    heads_kv = call.heads_q // call.group
+    start_n, head_kv, entry = own_block(extras, call, heads_kv, True, False, SPEC, TILE.BLOCK_N)
+    if SPEC.VARLEN:
+        call = call_of(entry, call)
     begin, full_begin, full_end, end = query_range(start_n, call, SPEC, TILE)
-    keys = load_keys(saved, batch, head_kv, start_n, call, SPEC, TILE, False)
+    keys = load_keys(saved, entry.rows_k, head_kv, start_n, call, SPEC, TILE, TILE.TMA)
     dk_tile = tl.full([TILE.BLOCK_N, SPEC.BLOCK_D], 0.0, tl.float32)
     dv_tile = tl.full([TILE.BLOCK_N, SPEC.BLOCK_DV], 0.0, tl.float32)
-    for head in range(head_kv * call.group, (head_kv + 1) * call.group):
+    for index in range(head_kv * call.group, (head_kv + 1) * call.group):
+        head = query_head(extras, entry, index, call, SPEC)
         grads = KeyGradients(dk_tile, dv_tile, tl.full([TILE.BLOCK_N], 0.0, tl.float32))
         if SPEC.HAS_UPPER:
-            grads = visit_queries(grads, keys, saved, batch, head, begin, full_begin, call, SPEC, TILE, True)
-        grads = visit_queries(grads, keys, saved, batch, head, full_begin, full_end, call, SPEC, TILE, False)
-        grads = visit_queries(grads, keys, saved, batch, head, full_end, end, call, SPEC, TILE, True)
+            grads = visit_queries(grads, keys, saved, head, begin, full_begin, call, SPEC, TILE, True)
+        grads = visit_queries(grads, keys, saved, head, full_begin, full_end, call, SPEC, TILE, False)
+        grads = visit_queries(grads, keys, saved, head, full_end, end, call, SPEC, TILE, True)
         if SPEC.DBIAS == "cols":
-            store_rows(dbias, grads.dbias, batch, head, start_n, call.heads_q, call.seqlen_k)
+            store_dbias_sums(dbias, grads.dbias, head, start_n, call, True, SPEC)
         dk_tile, dv_tile = grads.dk, grads.dv
-    store_tile(dk, dk_tile * call.softmax_scale, batch, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM)
-    store_tile(dv, dv_tile, batch, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM_V)
+    store_tile(dk, dk_tile * call.softmax_scale, entry.rows_k, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM)
+    if SPEC.DROPOUT:
+        dv_tile *= extras.kept_factor
+    store_tile(dv, dv_tile, entry.rows_k, head_kv, start_n, call.seqlen_k, SPEC.HEAD_DIM_V)
 
 
 class QueryGradients(NamedTuple):
@@ -187,48 +243,50 @@ class QueryGradients(NamedTuple):
 
 @triton.jit
 def visit_keys(
-    grads, queries, saved, dbias, batch, head, begin, end, call, SPEC: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
+    grads, queries, saved, dbias, head, begin, end, call, SPEC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
+):
     """Add what the keys [begin, end) contribute to a block of queries."""
     for start_n in range(begin, end, TILE.BLOCK_N):
-        keys = load_keys(saved, batch, head // call.group, start_n, call, SPEC, TILE, not MASKED)
-        bias = load_bias(saved.bias, batch, head, queries.start, start_n, call, SPEC, TILE)
-        _weights, dscores = score_gradient(queries, keys, bias, call, SPEC, TILE, MASKED, TRANSPOSED=False)
-        dq = tl.dot(dscores.to(keys.k.dtype), keys.k, grads.dq, input_precision=SPEC.PRECISION)
+        keys = load_keys(saved, head.rows_k, head.index // call.group, start_n, call, SPEC, TILE, not MASKED)
+        bias = load_bias(saved.bias, head.batch, head.index, queries.start, start_n, call, SPEC, TILE)
+        _weights, dscores, dproducts = score_gradient(
+            queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED, TRANSPOSED=False
+        )
+        dq = tl.dot(dproducts.to(keys.k.dtype), keys.k, grads.dq, input_precision=SPEC.PRECISION)
         row_sums = grads.dbias
         if SPEC.DBIAS == "rows":
             row_sums += tl.sum(dscores, 1)
         if SPEC.DBIAS == "tile":
-            store_dbias(dbias, dscores, batch, head, queries.start, start_n, call, SPEC, TILE)
+            store_dbias(dbias, dscores, head.batch, head.index, queries.start, start_n, call, SPEC, TILE)
         grads = QueryGradients(dq, row_sums)
     return grads
 
 
 @triton.jit
-def attention_bwd_dq(q, k, v, bias, dout, lse, delta, dq, dbias, call, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """dQ = softmax_scale dS K.
+def attention_bwd_dq(q, k, v, bias, extras, dout, lse, delta, dq, dbias, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """dQ = softmax_scale dA K.
 
     Grid: one program for each block of BLOCK_M queries of each head of each batch entry. It owns these rows of `dq`.
     With SPEC.DBIAS == "tile" it owns the same rows of `dbias`, the gradient of a bias that no axis broadcasts, and
     writes where a key is visible; with "rows" the sums of dS over the keys, `dbias` (batch, heads_q, seqlen_q).
     """
-    saved = Saved(q, k, v, bias, dout, lse, delta)
-    num_blocks = tl.cdiv(call.seqlen_q, TILE.BLOCK_M)
-    block, head, batch = tile_order(tl.program_id(0), num_blocks, call.heads_q, SPEC.HAS_UPPER)
-    start_m = block * TILE.BLOCK_M
+    saved = Saved(q, k, v, bias, extras, dout, lse, delta)
+    start_m, index, entry = own_block(extras, call, call.heads_q, False, SPEC.HAS_UPPER, SPEC, TILE.BLOCK_M)
+    if SPEC.VARLEN:
+        call = call_of(entry, call)
     begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
-    queries = load_queries(saved, batch, head, start_m, call, SPEC, TILE, False)
+    head = query_head(extras, entry, index, call, SPEC)
+    queries = load_queries(saved, head, start_m, call, SPEC, TILE, TILE.TMA)
     grads = QueryGradients(
         tl.full([TILE.BLOCK_M, SPEC.BLOCK_D], 0.0, tl.float32), tl.full([TILE.BLOCK_M], 0.0, tl.float32)
     )
     if SPEC.HAS_LOWER:
-        grads = visit_keys(grads, queries, saved, dbias, batch, head, begin, full_begin, call, SPEC, TILE, True)
-    grads = visit_keys(grads, queries, saved, dbias, batch, head, full_begin, full_end, call, SPEC, TILE, False)
-    grads = visit_keys(grads, queries, saved, dbias, batch, head, full_end, end, call, SPEC, TILE, True)
-    store_tile(dq, grads.dq * call.softmax_scale, batch, head, start_m, call.seqlen_q, SPEC.HEAD_DIM)
+        grads = visit_keys(grads, queries, saved, dbias, head, begin, full_begin, call, SPEC, TILE, True)
+    grads = visit_keys(grads, queries, saved, dbias, head, full_begin, full_end, call, SPEC, TILE, False)
+    grads = visit_keys(grads, queries, saved, dbias, head, full_end, end, call, SPEC, TILE, True)
+    store_tile(dq, grads.dq * call.softmax_scale, head.rows_q, index, start_m, call.seqlen_q, SPEC.HEAD_DIM)
     if SPEC.DBIAS == "rows":
-        store_rows(dbias, grads.dbias, batch, head, start_m, call.heads_q, call.seqlen_q)
+        store_dbias_sums(dbias, grads.dbias, head, start_m, call, False, SPEC)
 
 
 class Sharing(NamedTuple):
@@ -242,44 +300,74 @@ class Sharing(NamedTuple):
 
 @triton.jit
 def visit_sharers(
-    grad, bias, saved, batch, head, start_m, start_n, begin, end, sharing, call, SPEC: tl.constexpr,
+    grad, bias, saved, first_batch, first_head, start_m, start_n, begin, end, sharing, call, SPEC: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add dS of the sharers [begin, end) of a matrix, whose first batch entry and head are given, to a tile of it."""
     for i in range(begin, end):
-        batch_i = batch + i // sharing.shared_heads
-        head_i = head + i % sharing.shared_heads
-        queries = load_queries(saved, batch_i, head_i, start_m, call, SPEC, TILE, not MASKED)
-        keys = load_keys(saved, batch_i, head_i // call.group, start_n, call, SPEC, TILE, not MASKED)
-        _weights, dscores = score_gradient(queries, keys, bias, call, SPEC, TILE, MASKED, TRANSPOSED=False)
+        batch = first_batch + i // sharing.shared_heads
+        index = first_head + i % sharing.shared_heads
+        entry = Entry(batch, batch, batch, call.seqlen_q, call.seqlen_k)
+        head = query_head(saved.extras, entry, index, call, SPEC)
+        queries = load_queries(saved, head, start_m, call, SPEC, TILE, not MASKED)
+        keys = load_keys(saved, batch, index // call.group, start_n, call, SPEC, TILE, not MASKED)
+        _weights, dscores, _dproducts = score_gradient(
+            queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED, TRANSPOSED=False
+        )
         grad += dscores
     return grad
 
 
 @triton.jit
-def attention_bwd_dbias(q, k, v, bias, dout, lse, delta, dbias, sharing, call, SPEC: tl.constexpr, TILE: tl.constexpr):
+def visit_sequences(
+    grad, saved, first_batch, first_head, start_m, start_n, sharing, packed, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """The same where sequences are packed: each sharer has lengths of its own, and may not reach the tile."""
+    for i in range(0, sharing.shared_batches * sharing.shared_heads):
+        entry = sequence(saved.extras, first_batch + i // sharing.shared_heads, packed)
+        call = call_of(entry, packed)
+        begin, _full_begin, _full_end, end = key_range(start_m, call, SPEC, TILE)
+        if (start_m < call.seqlen_q) & (start_n < end) & (start_n + TILE.BLOCK_N > begin):
+            head = query_head(saved.extras, entry, first_head + i % sharing.shared_heads, call, SPEC)
+            bias = load_bias(saved.bias, first_batch, first_head, start_m, start_n, call, SPEC, TILE)
+            queries = load_queries(saved, head, start_m, call, SPEC, TILE, False)
+            keys = load_keys(saved, head.rows_k, head.index // call.group, start_n, call, SPEC, TILE, False)
+            _weights, dscores, _dproducts = score_gradient(
+                queries, keys, bias, head, saved.extras, call, SPEC, TILE, MASKED=True, TRANSPOSED=False
+            )
+            grad += dscores
+    return grad
+
+
+@triton.jit
+def attention_bwd_dbias(
+    q, k, v, bias, extras, dout, lse, delta, dbias, sharing, call, SPEC: tl.constexpr, TILE: tl.constexpr
+):
     """The gradient of a bias that varies along queries and keys and is broadcast over the batch, the heads or both.
 
     Grid: one program for each (BLOCK_M, BLOCK_N) tile of each matrix of `dbias`. It owns this tile: it sums dS over
     the batch entries and heads that share it, and writes once, zeros where the mask hides everything.
     """
-    saved = Saved(q, k, v, bias, dout, lse, delta)
+    saved = Saved(q, k, v, bias, extras, dout, lse, delta)
     blocks_n = tl.cdiv(call.seqlen_k, TILE.BLOCK_N)
     num_blocks = tl.cdiv(call.seqlen_q, TILE.BLOCK_M) * blocks_n
     block, head, batch = tile_order(tl.program_id(0), num_blocks, sharing.heads, False)
     start_m = block // blocks_n * TILE.BLOCK_M
     start_n = block % blocks_n * TILE.BLOCK_N
-    begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
-    sharers = sharing.shared_batches * sharing.shared_heads
-    seen = tl.where((start_n < end) & (start_n + TILE.BLOCK_N > begin), sharers, 0)
-    full_rows = start_m + TILE.BLOCK_M <= call.seqlen_q
-    full = tl.where((start_n >= full_begin) & (start_n + TILE.BLOCK_N <= full_end) & full_rows, seen, 0)
-    bias_tile = load_bias(bias, batch, head, start_m, start_n, call, SPEC, TILE)
     grad = tl.full([TILE.BLOCK_M, TILE.BLOCK_N], 0.0, tl.float32)
-    grad = visit_sharers(
-        grad, bias_tile, saved, batch, head, start_m, start_n, 0, full, sharing, call, SPEC, TILE, False
-    )
-    grad = visit_sharers(
-        grad, bias_tile, saved, batch, head, start_m, start_n, full, seen, sharing, call, SPEC, TILE, True
-    )
+    if SPEC.VARLEN:
+        grad = visit_sequences(grad, saved, batch, head, start_m, start_n, sharing, call, SPEC, TILE)
+    else:
+        begin, full_begin, full_end, end = key_range(start_m, call, SPEC, TILE)
+        sharers = sharing.shared_batches * sharing.shared_heads
+        seen = tl.where((start_n < end) & (start_n + TILE.BLOCK_N > begin), sharers, 0)
+        full_rows = start_m + TILE.BLOCK_M <= call.seqlen_q
+        full = tl.where((start_n >= full_begin) & (start_n + TILE.BLOCK_N <= full_end) & full_rows, seen, 0)
+        bias_tile = load_bias(bias, batch, head, start_m, start_n, call, SPEC, TILE)
+        grad = visit_sharers(
+            grad, bias_tile, saved, batch, head, start_m, start_n, 0, full, sharing, call, SPEC, TILE, False
+        )
+        grad = visit_sharers(
+            grad, bias_tile, saved, batch, head, start_m, start_n, full, seen, sharing, call, SPEC, TILE, True
+        )
     store_dbias(dbias, grad, batch, head, start_m, start_n, call, SPEC, TILE)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from triton_attention.portable.tiles import store_rows
+
 
 class BiasTensor(NamedTuple):
     """A (batch, heads, seqlen_q, seqlen_k) tensor: its pointer and strides, 0 along an axis that is broadcast.
@@ -37,13 +39,22 @@ def bias_pointers(tensor, batch, head, start_m, start_n, SPEC: tl.constexpr, TIL
 
 
 @triton.jit
+def bias_length(call, ALONG_KEYS: tl.constexpr, SPEC: tl.constexpr):
+    """How much of the queries or keys of a batch entry a bias covers; a packed sequence may claim to be longer."""
+    seqlen = call.seqlen_k if ALONG_KEYS else call.seqlen_q
+    if SPEC.VARLEN:
+        seqlen = tl.minimum(seqlen, call.packing.max_seqlen_k if ALONG_KEYS else call.packing.max_seqlen_q)
+    return seqlen
+
+
+@triton.jit
 def bias_inside(start_m, start_n, call, SPEC: tl.constexpr, TILE: tl.constexpr):
     """Which elements of such a tile exist."""
     inside = tl.full([1, 1], True, tl.int1)
     if SPEC.BIAS_ROWS:
-        inside = inside & (start_m + tl.arange(0, TILE.BLOCK_M) < call.seqlen_q)[:, None]
+        inside = inside & (start_m + tl.arange(0, TILE.BLOCK_M) < bias_length(call, False, SPEC))[:, None]
     if SPEC.BIAS_COLS:
-        inside = inside & (start_n + tl.arange(0, TILE.BLOCK_N) < call.seqlen_k)[None, :]
+        inside = inside & (start_n + tl.arange(0, TILE.BLOCK_N) < bias_length(call, True, SPEC))[None, :]
     return inside
 
 
@@ -65,3 +76,15 @@ def store_dbias(dbias, tile, batch, head, start_m, start_n, call, SPEC: tl.const
     """Write a (BLOCK_M, BLOCK_N) tile of the gradient of a bias that varies along queries and keys."""
     pointers = bias_pointers(dbias, batch, head, start_m, start_n, SPEC, TILE)
     tl.store(pointers, tile.to(dbias.ptr.dtype.element_ty), mask=bias_inside(start_m, start_n, call, SPEC, TILE))
+
+
+@triton.jit
+def store_dbias_sums(dbias, sums, head, start, call, ALONG_KEYS: tl.constexpr, SPEC: tl.constexpr):
+    """Write a block of the sums of dS over the queries (ALONG_KEYS) or the keys to `dbias` (batch, heads_q, seqlen)."""
+    length = bias_length(call, ALONG_KEYS, SPEC)
+    row = length
+    if SPEC.VARLEN:
+        row = call.packing.max_seqlen_k if ALONG_KEYS else call.packing.max_seqlen_q
+        length = tl.where(head.batch < call.packing.batch, length, 0)  # rows that no sequence has, have no bias
+    origin = tl.cast(head.batch * call.heads_q + head.index, tl.int64) * row
+    store_rows(dbias, sums, origin, start, length)

@@ -25,7 +25,12 @@ class Spec:
     BIAS_ROWS: bool  # the bias varies along the queries
     BIAS_COLS: bool  # it varies along the keys
     DBIAS: str  # what a kernel writes of its gradient: "none", "tile", "rows" or "cols"
-    RAW_SCORES: bool  # nothing is added to q k^T and softmax_scale > 0: the scale folds into the exponent
+    RAW_SCORES: bool  # nothing is done to q k^T and softmax_scale > 0: the scale folds into the exponent
+    SOFTCAP: bool
+    ALIBI: bool
+    SINK: bool
+    DROPOUT: bool
+    VARLEN: bool  # sequences of different lengths are packed one after the other
     PRECISION: str = "ieee"  # of float32 products; tf32 would lose 13 bits silently
 
 
@@ -76,6 +81,7 @@ class Row(NamedTuple):
     matrix_bias: bool | None = None  # whether there is a bias that varies along queries and keys
     banded: bool | None = None  # whether there is a causal mask or a window
     family: str | None = None  # of GPUS
+    dropout: bool | None = None  # whether there is dropout, whose mask passes through shared memory
 
 
 def _tiles(*rows: tuple[int, Tile]) -> list[Row]:
@@ -115,6 +121,7 @@ _DESCRIPTOR_ROWS = {
         Row(64, Tile(128, 64, 8, 3, TMA=True)),  # 674 / 597; 64 x 64 of 4 warps: 666 / 599
         Row(128, Tile(128, 64, 8, 3, TMA=True)),  # 664 / 581, with a bias 516; 64 x 64: 632 / 541
         Row(256, Tile(128, 32, 8, 2, TMA=True), matrix_bias=False, family="sm_100"),
+        Row(256, Tile(128, 32, 8, 2, TMA=True), matrix_bias=False, family="sm_90", dropout=True),  # 3 would not fit
         Row(256, Tile(128, 32, 8, 3, TMA=True), matrix_bias=False, family="sm_90"),  # 624; 64 x 32: 525
         Row(256, Tile(64, 32, 4, 2, TMA=True)),
     ],
@@ -171,6 +178,7 @@ _FLOAT32_ROWS = {
 
 _INTERPRETER_TILE = Tile(16, 32, 1, 1)  # small, so that small problems have many blocks
 _ROWS_TILE = Tile(32, 32, 4, 1)  # attention_bwd_rows is bound by memory: 16 to 128 rows measured alike
+_PACKED_ROWS_TILE = Tile(128, 32, 8, 1)  # as many rows as those of a packed sequence are padded to
 
 
 def rows_for(kernel: str, family: str, access: str) -> list[Row]:
@@ -191,10 +199,14 @@ def rows_for(kernel: str, family: str, access: str) -> list[Row]:
 @cache
 def tile_for(kernel: str, family: str, access: str, spec: Spec) -> Tile:
     """The tile of the first row that matches."""
+    if kernel == "attention_bwd_rows" and spec.VARLEN:
+        return _PACKED_ROWS_TILE
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     matrix_bias = spec.BIAS != "none" and spec.BIAS_ROWS and spec.BIAS_COLS
     banded = spec.HAS_LOWER or spec.HAS_UPPER
     for row in rows_for(kernel, family, access):
-        if head_dim <= row.head_dim and row.matrix_bias in (None, matrix_bias) and row.banded in (None, banded):
+        wanted = (row.matrix_bias, row.banded, row.dropout)
+        asked = (matrix_bias, banded, spec.DROPOUT)
+        if head_dim <= row.head_dim and all(w in (None, a) for w, a in zip(wanted, asked, strict=True)):
             return row.tile
     raise LookupError(f"no tile for {kernel} on {family} by {access}: {spec}")

@@ -23,12 +23,4 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append(f"runs on CUDA and ROCm GPUs, and the tensors are on {problem.device.type}")
     if problem.dtype not in DTYPES:
         reasons.append(f"computes in float16, bfloat16 and float32, and the tensors are {problem.dtype}")
-    if problem.softcap != 0.0:
-        reasons.append("has no softcap")
-    if problem.alibi:
-        reasons.append("has no alibi_slopes; as a bias of shape (batch or 1, heads, seqlen_q, seqlen_k) they work")
-    if problem.sink:
-        reasons.append("has no sink")
-    if problem.dropout_p != 0.0:
-        reasons.append("has no dropout")
     return reasons

@@ -29,7 +29,11 @@ class Strided(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper."""
+    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper.
+
+    Where sequences are packed, the lengths are the largest and the band is counted from the diagonal, until a program
+    knows its sequence (see schedule.py).
+    """
 
     seqlen_q: object
     seqlen_k: object
@@ -39,6 +43,7 @@ class Call(NamedTuple):
     upper: object
     softmax_scale: object
     scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
+    packing: object = None  # of packed sequences, a schedule.Packing
 
 
 @triton.jit
@@ -79,14 +84,20 @@ def tile_inside(start, seqlen, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: 
 @triton.jit
 def load_tile(
     tensor, batch, head, start, seqlen, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, FULL: tl.constexpr,
+    TMA: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Rows [start, start + BLOCK) of one head, (BLOCK, BLOCK_D), zero beyond the sequence and beyond DIM.
 
     `tensor` is a `Strided`, or with TMA a tensor descriptor over (batch, heads, seqlen, dim), whose loads fill with
-    zeros by themselves. FULL promises that all the rows exist.
+    zeros by themselves; but where sequences are packed, the next one follows, and it may hold NaN. FULL promises that
+    all the rows exist, or with TMA that what lies beyond does not matter: each row of a program's own block makes a row
+    of its results, and no other. `batch` is a batch entry, or with VARLEN the first row of a sequence.
     """
-    if TMA:
+    if TMA and VARLEN:
+        tile = tl.reshape(tensor.load([0, head, batch + start, 0]), [BLOCK, BLOCK_D])
+        if not FULL:
+            tile = tl.where((start + tl.arange(0, BLOCK) < seqlen)[:, None], tile, 0.0)
+    elif TMA:
         tile = tl.reshape(tensor.load([batch, head, start, 0]), [BLOCK, BLOCK_D])
     else:
         pointers = tile_pointers(tensor, batch, head, start, BLOCK, BLOCK_D)
@@ -110,20 +121,24 @@ def store_tile(tensor, tile, batch, head, start, seqlen, DIM: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(pointer, batch, head, start, heads, seqlen, BLOCK: tl.constexpr):
-    """Pointers into a contiguous (batch, heads, seqlen) tensor: one number a row."""
-    origin = tl.cast(batch * heads + head, tl.int64) * seqlen + start
-    return pointer + origin + tl.arange(0, BLOCK)
+def rows_origin(head, call, SPEC: tl.constexpr):
+    """Where the numbers of a head's queries begin in a contiguous (batch, heads_q, seqlen_q) or (heads_q, total_q)."""
+    if SPEC.VARLEN:
+        origin = tl.cast(head.index, tl.int64) * call.packing.total_q + head.rows_q
+    else:
+        origin = tl.cast(head.batch * call.heads_q + head.index, tl.int64) * call.seqlen_q
+    return origin
 
 
 @triton.jit
-def load_rows(pointer, batch, head, start, heads, seqlen, other, BLOCK: tl.constexpr):
-    pointers = row_pointers(pointer, batch, head, start, heads, seqlen, BLOCK)
+def load_rows(pointer, origin, start, seqlen, other, BLOCK: tl.constexpr):
+    """One number a row."""
+    pointers = pointer + (origin + start) + tl.arange(0, BLOCK)
     return tl.load(pointers, mask=start + tl.arange(0, BLOCK) < seqlen, other=other)
 
 
 @triton.jit
-def store_rows(pointer, values, batch, head, start, heads, seqlen):
+def store_rows(pointer, values, origin, start, seqlen):
     BLOCK: tl.constexpr = values.shape[0]
-    pointers = row_pointers(pointer, batch, head, start, heads, seqlen, BLOCK)
+    pointers = pointer + (origin + start) + tl.arange(0, BLOCK)
     tl.store(pointers, values, mask=start + tl.arange(0, BLOCK) < seqlen)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import combinations, product
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,8 @@ from triton_attention.problem import Mask
 CAUSAL = Mask(None, 0)
 CAUSAL_TOP_LEFT = Mask(None, 0, top_left=True)
 FULL = Mask()
+
+LENGTHS = ((35, 40), (0, 7), (1, 1), (50, 61), (9, 0), (33, 17))  # of packed sequences: (seqlen_q, seqlen_k)
 
 # Each of (batch, heads, seqlen_q, seqlen_k) is there, or 1 where the bias is broadcast.
 BIAS_PATTERNS = tuple("".join(letters) for letters in product("1b", "1h", "1q", "1k"))
@@ -32,11 +35,18 @@ class Case(NamedTuple):
     bias_dtype: torch.dtype | None = None  # None = dtype; torch.bool = a mask
     layout: str = "bshd"  # "bshd" contiguous; "bhsd" transposed; "packed" q, k, v are views of one tensor
     softmax_scale: float | None = None
+    softcap: float = 0.0
+    alibi: str | None = None  # "h" or "bh": the axes of the slopes
+    sink: bool = False
+    dropout_p: float = 0.0
+    lengths: tuple[tuple[int, int], ...] | None = None  # (seqlen_q, seqlen_k) of packed sequences; those above are max
+    unused: tuple[int, int] = (0, 0)  # rows of q and k that no sequence has
     dtype: torch.dtype = torch.float16
 
     @property
     def bias_shape(self) -> tuple[int, int, int, int]:
-        sizes = (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
+        batch = self.batch if self.lengths is None else len(self.lengths)
+        sizes = (batch, self.heads_q, self.seqlen_q, self.seqlen_k)
         letters = self.bias or "1111"
         b, h, q, k = (1 if letter == "1" else size for letter, size in zip(letters, sizes, strict=True))
         return b, h, q, k
@@ -53,12 +63,65 @@ def _short(value: object) -> str:
     if isinstance(value, Mask):
         left, right = ("" if side is None else str(side) for side in value[:2])
         return f"[{left}:{right}]{'top-left' if value.top_left else ''}"
+    if isinstance(value, tuple):
+        return "+".join("x".join(map(str, pair)) if isinstance(pair, tuple) else str(pair) for pair in value)
     return str(value).removeprefix("torch.")
 
 
 def _with_every_bias() -> list[Case]:
     lengths = {FULL: (35, 40), CAUSAL: (40, 35)}  # 40 keys: rows of 16 bytes, for descriptors; 35: for pointers
     return [Case(q, k, 16, heads_kv=1, mask=mask, bias=b) for mask, (q, k) in lengths.items() for b in BIAS_PATTERNS]
+
+
+def pairwise(**factors: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    """Few combinations in which every two values of different factors meet: greedy, and the same each time."""
+
+    def pairs(row: dict[str, int]) -> set[tuple[tuple[str, int], ...]]:
+        return set(combinations(sorted(row.items()), 2))
+
+    values = {name: range(len(factor)) for name, factor in factors.items()}
+    missing = set()
+    for one, two in combinations(sorted(factors), 2):
+        missing |= set(product(((one, i) for i in values[one]), ((two, i) for i in values[two])))
+    while missing:
+        row = dict(min(missing))
+        for name in factors:
+            if name not in row:
+                gains = [len(missing & pairs({**row, name: i})) for i in values[name]]
+                row[name] = gains.index(max(gains))
+        missing -= pairs(row)
+        yield {name: factors[name][i] for name, i in row.items()}
+
+
+def _features() -> Iterator[Case]:
+    """What changes scores and probabilities, in pairs with each other, with odd lengths and with the rest."""
+    for row in pairwise(
+        lengths=((40, 35), (35, 40), (1, 67), (67, 1), LENGTHS),
+        bias=(
+            (None, None),
+            ("1hqk", None),
+            ("b11k", None),
+            ("b1q1", None),
+            ("bhqk", torch.float32),
+            ("b1qk", torch.bool),
+        ),
+        mask=(FULL, CAUSAL, CAUSAL_TOP_LEFT, Mask(9, 4)),
+        head_dims=((16, None), (40, 24), (13, 11)),
+        alibi=(None, "h", "bh"),
+        softcap=(0.0, 3.0),
+        sink=(False, True),
+        dropout_p=(0.0, 0.3),
+        heads=((2, None), (4, 2)),
+        dtype=(torch.float16, torch.float32),
+    ):
+        lengths, (head_dim, head_dim_v), (heads_q, heads_kv), (bias, bias_dtype) = (
+            row.pop(name) for name in ("lengths", "head_dims", "heads", "bias")
+        )
+        seqlen_q, seqlen_k = (50, 61) if lengths == LENGTHS else lengths
+        yield Case(
+            seqlen_q, seqlen_k, head_dim, head_dim_v, heads_q=heads_q, heads_kv=heads_kv, bias=bias,
+            bias_dtype=bias_dtype, lengths=LENGTHS if lengths == LENGTHS else None, **row,
+        )  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (
@@ -98,4 +161,16 @@ CASES: tuple[Case, ...] = (
     Case(37, 45, 40, mask=CAUSAL, dtype=torch.float32),
     *(Case(35, 40, 16, bias=b, dtype=torch.float32) for b in ("1h1k", "1hqk", "b1qk", "bhqk")),
     Case(35, 40, 16, bias="1hqk", bias_dtype=torch.float16, dtype=torch.float32),
+    # packed sequences: empty, of one row, longer than a block, with rows that none has, and all that may go with them
+    *(Case(50, 61, 16, lengths=LENGTHS, mask=mask) for mask in (FULL, CAUSAL, CAUSAL_TOP_LEFT, Mask(9, 4))),
+    Case(50, 61, 16, lengths=LENGTHS, unused=(5, 40), mask=CAUSAL),
+    Case(99, 99, 16, lengths=LENGTHS, bias="bhqk"),
+    Case(61, 61, 40, lengths=((61, 61), (3, 3), (20, 20)), layout="packed", mask=CAUSAL),
+    *(Case(50, 61, 16, lengths=LENGTHS, heads_kv=1, bias=b, mask=CAUSAL) for b in BIAS_PATTERNS),
+    # softcap, ALiBi, sink, dropout: each alone, and all in pairs
+    Case(50, 61, 16, mask=CAUSAL, softcap=2.0),
+    Case(50, 61, 16, mask=CAUSAL, alibi="h"),
+    Case(50, 61, 16, mask=CAUSAL, sink=True),
+    Case(50, 61, 16, mask=CAUSAL, dropout_p=0.3),
+    *_features(),
 )

@@ -23,6 +23,7 @@ from triton_attention.hopper.plan_backward import plan_backward as plan_hopper_b
 from triton_attention.kernel import Launch, compile_launch
 from triton_attention.portable.configs import gpu_family
 from triton_attention.portable.launch import Settings, plan_backward, plan_forward
+from triton_attention.problem import Extras, Inputs, Packing
 from triton_attention.testing.cases import Case
 from triton_attention.testing.inputs import make_inputs
 
@@ -50,9 +51,8 @@ class Resources(NamedTuple):
 def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[Launch]:
     """What a forward and a backward pass of `case` launch on `target`, as far as that backend runs them itself."""
     inputs, problem = make_inputs(case, "meta")
-    q, k, v, bias = (None if tensor is None else tensor.detach() for tensor in inputs[:4])
-    if q is None or k is None or v is None:
-        raise ValueError(f"case must have q, k and v, got {case}")
+    inputs = Inputs._make(None if tensor is None else tensor.detach() for tensor in inputs)
+    q, k, v, bias, slopes, sink, cu_seqlens_q, cu_seqlens_k = inputs
     needs_dbias = bias is not None and bias.dtype != torch.bool
     if backend == "hopper":
         plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS)
@@ -61,7 +61,14 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
         call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
         gradients = plan_hopper_backward(*call, problem.softmax_scale, needs_dbias, _NUM_SMS)
         return [plan.launch, *gradients.launches]
-    settings = Settings(problem.mask, problem.softmax_scale, gpu_family(target.backend, target.arch))
+    family = gpu_family(target.backend, target.arch)
+    seed = torch.empty((), dtype=torch.int64, device="meta") if problem.dropout_p > 0.0 else None
+    packing = None
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, problem.seqlen_q, problem.seqlen_k)
+        q, k, v = q[None], k[None], v[None]
+    extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed, packing)
+    settings = Settings(problem.mask, problem.softmax_scale, family, extras)
     forward = plan_forward(q, k, v, bias, settings)
     dout = torch.empty_like(forward.out)
     backward = plan_backward(dout, None, q, k, v, bias, forward.out, forward.lse, settings, needs_dbias)

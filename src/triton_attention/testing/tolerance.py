@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_attention import reference
 from triton_attention.problem import Inputs, Problem
+from triton_attention.testing.dropout import next_dropout_mask
 
 Attention = Callable[[Inputs, Problem], tuple[Tensor, Tensor]]  # -> (out, lse)
 
@@ -54,12 +55,13 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
     `attention` takes (inputs, problem) and returns (out, lse), such as `triton_attention.reference.attention`.
     """
     generator = torch.Generator(problem.device).manual_seed(seed)
-    batch, seqlen_q, heads = problem.batch, problem.seqlen_q, problem.heads_q
-    dout = torch.randn(batch, seqlen_q, heads, problem.head_dim_v, generator=generator, device=problem.device)
+    *batch, seqlen_q, heads, _ = inputs.q.shape  # of packed sequences without a batch
+    dout = torch.randn(*batch, seqlen_q, heads, problem.head_dim_v, generator=generator, device=problem.device)
     dout = dout.to(problem.dtype)
-    dlse = torch.randn(batch, heads, seqlen_q, generator=generator, device=problem.device)
+    dlse = torch.randn(*batch, heads, seqlen_q, generator=generator, device=problem.device)
 
     def results(function: Attention, like: Inputs) -> dict[str, Tensor]:
+        torch.manual_seed(seed)  # the same dropout for each
         out, lse = function(like, problem._replace(dtype=like.q.dtype))
         wanted = {
             f"d{name}": tensor for name, tensor in like._asdict().items() if tensor is not None and tensor.requires_grad
@@ -93,12 +95,16 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
     return Check(rows)
 
 
-def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
+def same_dtype_attention(inputs: Inputs, problem: Problem, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     """Attention as one writes it in PyTorch, every matrix in the dtype of q: the baseline for errors."""
-    q, k, v, bias = inputs[:4]
+    if problem.varlen:
+        return reference.each_sequence(inputs, problem, same_dtype_attention)
+    q, k, v, bias, slopes, sink = inputs[:6]
     group = problem.heads_q // problem.heads_kv
     k, v = (tensor.repeat_interleave(group, dim=2) for tensor in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q * problem.softmax_scale, k)
+    if problem.softcap > 0.0:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
     hidden = torch.zeros((), dtype=torch.bool, device=problem.device)
     if bias is not None and bias.dtype == torch.bool:
         hidden = ~bias
@@ -106,23 +112,33 @@ def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tens
         scores = scores + bias.to(scores.dtype)
     offset = torch.arange(problem.seqlen_k, device=problem.device)
     offset = offset - torch.arange(problem.seqlen_q, device=problem.device)[:, None]  # (sq, sk)
+    if slopes is not None:
+        distance = (offset - problem.mask.diagonal(problem.seqlen_q, problem.seqlen_k)).abs()
+        scores = scores - (slopes[..., None, None] * distance).to(scores.dtype)
     lower, upper = problem.mask.band(problem.seqlen_q, problem.seqlen_k)
     if lower is not None:
         hidden = hidden | (offset < lower)
     if upper is not None:
         hidden = hidden | (offset > upper)
-    empty = hidden.expand(scores.shape).all(dim=-1)  # (b, h, sq)
-    scores = scores.masked_fill(hidden & ~empty[..., None], -math.inf)
-    weights = scores.softmax(dim=-1).masked_fill(empty[..., None], 0.0)
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sink is not None:  # one more key, whose value is 0
+        scores = torch.cat((scores, sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))
+    empty = (scores == -math.inf).all(dim=-1)  # (b, h, sq)
+    weights = scores.masked_fill(empty[..., None], 0.0).softmax(dim=-1).masked_fill(empty[..., None], 0.0)
     lse = scores.float().logsumexp(dim=-1).masked_fill(empty, -math.inf)
+    if problem.dropout_p > 0.0:
+        kept = next_dropout_mask(q, inputs.k, problem.dropout_p, first_batch)
+        kept = torch.nn.functional.pad(kept, (0, weights.shape[-1] - kept.shape[-1]))  # the sink's value is 0
+        weights = weights.masked_fill(~kept, 0.0) / (1.0 - problem.dropout_p)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
 def _copies(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same numbers in another dtype, as new leaves; a bool mask stays what it is."""
+    """The same numbers in another dtype, as new leaves; a bool mask and boundaries stay what they are."""
     return Inputs._make(
         tensor
-        if tensor is None or tensor.dtype == torch.bool
+        if tensor is None or not tensor.is_floating_point()
         else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
         for tensor in inputs
     )

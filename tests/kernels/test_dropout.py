@@ -1,0 +1,68 @@
+"""Do the kernels drop what `philox.dropout_mask` says, bit for bit, forward and backward, whatever their tiles?"""
+
+import pytest
+import torch
+
+from triton_attention import attention, ops
+from triton_attention.portable import configs
+from triton_attention.portable.configs import Tile
+from triton_attention.problem import Inputs, Mask, Problem
+from triton_attention.testing import next_dropout_mask
+
+RATE = 0.4
+HEADS_Q, HEADS_KV = 4, 2
+
+
+def run(q, k, v, dropout_p=RATE):
+    inputs = Inputs(q, k, v)
+    numbers = {"softmax_scale": None, "softcap": 0.0, "dropout_p": dropout_p, "deterministic": False}
+    return ops.attention(inputs, Problem.from_tensors(inputs, mask=Mask(), **numbers), "portable")
+
+
+def unit_rows(seqlen, heads):
+    """(2, seqlen, heads, seqlen): row i is 1 in column i, 0 elsewhere."""
+    return torch.eye(seqlen)[:, None, :].expand(2, seqlen, heads, seqlen).contiguous()
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 32, 1, 1), Tile(32, 16, 1, 1), Tile(64, 64, 1, 1)], ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bits(monkeypatch, tile, seed):
+    """With equal scores no probability is 0 by itself, and unit vectors say between which query and key it stands."""
+    monkeypatch.setattr(configs, "_INTERPRETER_TILE", tile)
+    configs.tile_for.cache_clear()
+    torch.manual_seed(seed)
+    q, k = torch.zeros(2, 50, HEADS_Q, 8), torch.zeros(2, 61, HEADS_KV, 8)
+    expected = next_dropout_mask(q, k, RATE)
+    out, _ = run(q, k, unit_rows(61, HEADS_KV))
+    assert torch.equal(out.transpose(1, 2) != 0, expected)
+
+    for member in range(HEADS_Q // HEADS_KV):  # of the query heads that share a key head, one at a time
+        torch.manual_seed(seed)
+        v = torch.zeros(2, 61, HEADS_KV, 50, requires_grad=True)
+        heads = torch.arange(HEADS_Q) % (HEADS_Q // HEADS_KV) == member
+        dout = unit_rows(50, HEADS_Q) * heads[:, None]
+        out, _ = run(q, k, v)
+        (dv,) = torch.autograd.grad(out, v, dout)  # (2, k, heads_kv, q)
+        assert torch.equal(dv.permute(0, 2, 3, 1) != 0, expected[:, heads])
+    configs.tile_for.cache_clear()
+
+
+def test_the_helper_says_what_the_reference_will_drop():
+    q, k, v = torch.zeros(2, 5, HEADS_Q, 8), torch.zeros(2, 7, HEADS_KV, 8), unit_rows(7, HEADS_KV)
+    expected = next_dropout_mask(q, k, RATE)
+    assert torch.equal(attention(q, k, v, dropout_p=RATE).transpose(1, 2) != 0, expected)
+
+
+@pytest.mark.parametrize("dropout_p", [2**-40, 1.0 - 2**-40])
+def test_rates_that_32_bits_do_not_tell_from_0_and_1(dropout_p):
+    q, k, v = torch.zeros(2, 5, HEADS_Q, 8), torch.zeros(2, 7, HEADS_KV, 8), torch.ones(2, 7, HEADS_KV, 8)
+    out, lse = run(q, k, v, dropout_p)
+    torch.testing.assert_close(out, torch.full_like(out, float(dropout_p < 0.5)))
+    assert lse.isfinite().all()
+
+
+def test_without_dropout_no_random_number_is_drawn():
+    q, k, v = torch.zeros(2, 5, HEADS_Q, 8), torch.zeros(2, 7, HEADS_KV, 8), torch.ones(2, 7, HEADS_KV, 8)
+    before = torch.get_rng_state()
+    run(q, k, v, 0.0)
+    assert torch.equal(torch.get_rng_state(), before)
