@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_attention import reference
 from triton_attention.problem import Inputs, Problem
+from triton_attention.testing.rounding import rounded_attention
 
 Attention = Callable[[Inputs, Problem], tuple[Tensor, Tensor]]  # -> (out, lse)
 
@@ -48,18 +49,32 @@ class Check(NamedTuple):
         return "\n".join(lines)
 
 
-def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem, seed: int = 0) -> Check:
+def check_against_float64(
+    attention: Attention,
+    inputs: Inputs,
+    problem: Problem,
+    seed: int = 0,
+    *,
+    extreme: bool = False,
+    loss_scale: float = 1.0,
+) -> Check:
     """Run `attention` forward and backward (through out and lse) and compare with the reference in float64.
 
-    `attention` takes (inputs, problem) and returns (out, lse), such as `triton_attention.reference.attention`.
+    `attention` takes (inputs, problem) and returns (out, lse), such as `triton_attention.reference.attention`. The
+    gradients of out and lse are standard normal, times `loss_scale`.
+
+    `extreme` is for inputs of any size. There plain PyTorch may overflow or, where a softmax picks one key, be exact by
+    luck: its error is then the larger one of its own and of `rounded_attention`, and the rounding is also that of
+    the float32 terms that cancel.
     """
     generator = torch.Generator(problem.device).manual_seed(seed)
     batch, seqlen_q, heads = problem.batch, problem.seqlen_q, problem.heads_q
     dout = torch.randn(batch, seqlen_q, heads, problem.head_dim_v, generator=generator, device=problem.device)
-    dout = dout.to(problem.dtype)
-    dlse = torch.randn(batch, heads, seqlen_q, generator=generator, device=problem.device)
+    dout = (loss_scale * dout).to(problem.dtype)
+    dlse = loss_scale * torch.randn(batch, heads, seqlen_q, generator=generator, device=problem.device)
 
     def results(function: Attention, like: Inputs) -> dict[str, Tensor]:
+        torch.manual_seed(seed)  # dropout draws from it
         out, lse = function(like, problem._replace(dtype=like.q.dtype))
         wanted = {
             f"d{name}": tensor for name, tensor in like._asdict().items() if tensor is not None and tensor.requires_grad
@@ -75,7 +90,12 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
         bias = exact_inputs.bias.detach().expand(full).contiguous()
         exact_inputs = exact_inputs._replace(bias=bias.requires_grad_(exact_inputs.bias.requires_grad))
     ours = results(attention, inputs)
-    plain = results(same_dtype_attention, _copies(inputs, problem.dtype))
+    functions = [same_dtype_attention]
+    if extreme:
+        unknown = problem.softcap or problem.dropout_p or problem.alibi or problem.sink  # to `same_dtype_attention`
+        functions = [rounded_attention] if unknown else [*functions, rounded_attention]
+    plain = [results(function, _copies(inputs)) for function in functions]
+    cancelling = _cancelling_terms(inputs, problem, dout, dlse) if extreme else {}
     exact = results(reference.attention, exact_inputs)
 
     rows = []
@@ -88,8 +108,10 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
         epsilon = torch.finfo(torch.float32).eps if name == "lse" else coarser
         if name.startswith("d"):  # the probabilities were made anew from an lse in float32, whose rounding scales them
             epsilon += torch.finfo(torch.float32).eps * _largest(exact["lse"])
-        baseline = _error(plain[name], true)
-        rows.append(Row(name, _error(ours[name], true), baseline, 2 * baseline + epsilon * scale))
+        baseline = max(filter(math.isfinite, (_error(result[name], true) for result in plain)), default=math.nan)
+        rounding = epsilon * max(scale, torch.finfo(ours[name].dtype).smallest_normal)
+        rounding += torch.finfo(torch.float32).eps * cancelling.get(name, 0.0)
+        rows.append(Row(name, _error(ours[name], true), baseline, 2 * baseline + rounding))
     return Check(rows)
 
 
@@ -103,7 +125,8 @@ def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tens
     if bias is not None and bias.dtype == torch.bool:
         hidden = ~bias
     elif bias is not None:
-        scores = scores + bias.to(scores.dtype)
+        hidden = bias == -math.inf
+        scores = scores + bias.masked_fill(hidden, 0.0).to(scores.dtype)
     offset = torch.arange(problem.seqlen_k, device=problem.device)
     offset = offset - torch.arange(problem.seqlen_q, device=problem.device)[:, None]  # (sq, sk)
     lower, upper = problem.mask.band(problem.seqlen_q, problem.seqlen_k)
@@ -118,12 +141,44 @@ def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tens
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
-def _copies(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same numbers in another dtype, as new leaves; a bool mask stays what it is."""
+def _cancelling_terms(inputs: Inputs, problem: Problem, dout: Tensor, dlse: Tensor) -> dict[str, float]:
+    """How large each result could be if its terms did not cancel: their rounding in float32 is there in any case.
+
+    A score has the size |q| |k|, its error scales a probability, and dscores = probability (dout v - dout out + dlse).
+    Sums over queries are of errors that do not know each other.
+    """
+    q, k, v, bias, slopes, _ = inputs
+    rows = problem.heads_q // problem.heads_kv * problem.seqlen_q
+    scale = abs(problem.softmax_scale)
+    score = scale * _longest(q) * _longest(k)
+    if bias is not None and bias.dtype != torch.bool:
+        score += _largest(bias.double())
+    if slopes is not None:
+        score += _largest(slopes) * (problem.seqlen_q + problem.seqlen_k)
+    dscore = (1 + score) * (_longest(dout) * _longest(v) + _largest(dlse))
+    scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
+    return {
+        "out": score * _largest(v),
+        "lse": score,
+        "dq": dscore * scale * _largest(k),
+        "dk": dscore * scale * _largest(q) * math.sqrt(rows),
+        "dv": score * _largest(dout) * math.sqrt(rows),
+        "dbias": 0.0 if bias is None else dscore * math.sqrt(scores / bias.numel()),
+        "dsink": dscore * math.sqrt(problem.batch * problem.seqlen_q),
+    }
+
+
+def _longest(tensor: Tensor) -> float:
+    """The largest norm of a row."""
+    return float(tensor.detach().double().norm(dim=-1).max())
+
+
+def _copies(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """The same numbers, in another dtype if one is given, as new leaves; a bool mask stays what it is."""
     return Inputs._make(
         tensor
         if tensor is None or tensor.dtype == torch.bool
-        else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+        else tensor.detach().to(dtype or tensor.dtype).requires_grad_(tensor.requires_grad)
         for tensor in inputs
     )
 
