@@ -95,7 +95,7 @@ def check_against_float64(
         unknown = problem.softcap or problem.dropout_p or problem.alibi or problem.sink  # to `same_dtype_attention`
         functions = [rounded_attention] if unknown else [*functions, rounded_attention]
     plain = [results(function, _copies(inputs)) for function in functions]
-    cancelling = _cancelling_terms(inputs, problem, dout, dlse) if extreme else {}
+    of_float32 = _sizes_in_float32(inputs, problem, dout, dlse) if extreme else {}
     exact = results(reference.attention, exact_inputs)
 
     rows = []
@@ -110,7 +110,9 @@ def check_against_float64(
             epsilon += torch.finfo(torch.float32).eps * _largest(exact["lse"])
         baseline = max(filter(math.isfinite, (_error(result[name], true) for result in plain)), default=math.nan)
         rounding = epsilon * max(scale, torch.finfo(ours[name].dtype).smallest_normal)
-        rounding += torch.finfo(torch.float32).eps * cancelling.get(name, 0.0)
+        if extreme:
+            cancelling, terms = of_float32[name]
+            rounding += torch.finfo(torch.float32).eps * (cancelling + math.sqrt(terms) * scale)
         rows.append(Row(name, _error(ours[name], true), baseline, 2 * baseline + rounding))
     return Check(rows)
 
@@ -141,30 +143,30 @@ def same_dtype_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tens
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
-def _cancelling_terms(inputs: Inputs, problem: Problem, dout: Tensor, dlse: Tensor) -> dict[str, float]:
-    """How large each result could be if its terms did not cancel: their rounding in float32 is there in any case.
+def _sizes_in_float32(inputs: Inputs, problem: Problem, dout: Tensor, dlse: Tensor) -> dict[str, tuple[float, float]]:
+    """How large each result could be if its terms did not cancel, and how many there are: what is rounded in float32.
 
     A score has the size |q| |k|, its error scales a probability, and dscores = probability (dout v - dout out + dlse).
-    Sums over queries are of errors that do not know each other.
+    Errors of different queries do not know each other.
     """
     q, k, v, bias, slopes, _ = inputs
     rows = problem.heads_q // problem.heads_kv * problem.seqlen_q
     scale = abs(problem.softmax_scale)
-    score = scale * _longest(q) * _longest(k)
+    score = 1 + scale * _longest(q) * _longest(k)
     if bias is not None and bias.dtype != torch.bool:
         score += _largest(bias.double())
     if slopes is not None:
         score += _largest(slopes) * (problem.seqlen_q + problem.seqlen_k)
-    dscore = (1 + score) * (_longest(dout) * _longest(v) + _largest(dlse))
-    scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
+    dscore = score * (_longest(dout) * _longest(v) + _largest(dlse))
+    sums = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k / (1 if bias is None else bias.numel())
     return {
-        "out": score * _largest(v),
-        "lse": score,
-        "dq": dscore * scale * _largest(k),
-        "dk": dscore * scale * _largest(q) * math.sqrt(rows),
-        "dv": score * _largest(dout) * math.sqrt(rows),
-        "dbias": 0.0 if bias is None else dscore * math.sqrt(scores / bias.numel()),
-        "dsink": dscore * math.sqrt(problem.batch * problem.seqlen_q),
+        "out": (score * _largest(v), problem.seqlen_k),
+        "lse": (score, 1),
+        "dq": (dscore * scale * _largest(k), problem.seqlen_k),
+        "dk": (dscore * scale * _largest(q) * math.sqrt(rows), rows),
+        "dv": (score * _largest(dout) * math.sqrt(rows), rows),
+        "dbias": (dscore * math.sqrt(sums), sums),
+        "dsink": (dscore * math.sqrt(problem.batch * problem.seqlen_q), problem.batch * problem.seqlen_q),
     }
 
 
