@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # machine, and ten times slower or worse where the threads share the cores with any other program.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint test-gpu fuzz-gpu test-triton clean
+.PHONY: help demo test lint test-gpu fuzz-gpu sanitize-gpu test-triton clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU; they write tests/gpu_rep
 fuzz-gpu: $(ENVIRONMENT)  ## random problems against float64: make fuzz-gpu [SECONDS=300] [BACKEND=portable] [SEED=0]
 	@$(PYTHON) -m triton_attention.testing.fuzz --backend $(or $(BACKEND),portable) --seconds $(or $(SECONDS),300) \
 		--seed $(or $(SEED),0) --workers $(or $(WORKERS),$(shell nproc))
+
+sanitize-gpu: $(ENVIRONMENT)  ## every kernel under compute-sanitizer: make sanitize-gpu [TOOLS="memcheck racecheck"]
+	@$(PYTHON) tests/gpu/sanitize.py $(TOOLS)
 
 test-triton: $(ENVIRONMENT)  ## compile every kernel with another Triton: make test-triton VERSION=3.6.0
 	@test -n "$(VERSION)" || { echo "Name a version of Triton: make test-triton VERSION=3.6.0"; exit 2; }
