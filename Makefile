@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # machine, and ten times slower or worse where the threads share the cores with any other program.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint test-gpu fuzz-gpu sanitize-gpu test-triton clean
+.PHONY: help demo test lint test-gpu fuzz-gpu sanitize-gpu test-triton wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,6 +54,13 @@ test-triton: $(ENVIRONMENT)  ## compile every kernel with another Triton: make t
 	@test -d build/triton-$(VERSION) || \
 		$(PYTHON) -m pip install --quiet --no-deps --target build/triton-$(VERSION) triton==$(VERSION)
 	@PYTHONPATH=$(CURDIR)/build/triton-$(VERSION):$(PYTHONPATH) $(PYTHON) -m pytest tests/compile -q -n auto
+
+wheel: $(ENVIRONMENT)  ## the wheel of this commit in dist/: the same bytes wherever and whenever it is built
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@git archive HEAD | tar -x -C build/wheel
+	@cd build/wheel && umask 022 && chmod -R u=rwX,go=rX . && SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+		$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir ../../dist .
+	@cd dist && sha256sum *.whl
 
 clean:  ## remove the environment, builds, caches and what the examples wrote
 	@rm -rf .venv build dist examples/output .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
