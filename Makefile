@@ -44,7 +44,7 @@ test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU; they write tests/gpu_rep
 
 fuzz-gpu: $(ENVIRONMENT)  ## random problems against float64: make fuzz-gpu [SECONDS=300] [BACKEND=portable] [SEED=0]
 	@$(PYTHON) -m triton_attention.testing.fuzz --backend $(or $(BACKEND),portable) --seconds $(or $(SECONDS),300) \
-		--seed $(or $(SEED),0) --workers $(or $(WORKERS),$(shell nproc))
+		--seed $(or $(SEED),0) --workers $(or $(WORKERS),$(shell nproc)) $(if $(PROBLEMS),--problems $(PROBLEMS))
 
 sanitize-gpu: $(ENVIRONMENT)  ## every kernel under compute-sanitizer: make sanitize-gpu [TOOLS="memcheck racecheck"]
 	@$(PYTHON) tests/gpu/sanitize.py $(TOOLS)

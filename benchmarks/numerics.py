@@ -85,7 +85,9 @@ def trials(longest: int) -> Iterator[tuple[Data, Case]]:
                     yield NORMAL, case(seqlen, head_dim, causal)
     seqlen = min(longest, 4096)
     for dtype in ("bfloat16", "float16", "float32"):
-        for data in (_scaled(0.01), NORMAL, _scaled(4.0), _scaled(16.0), _scaled(50.0), EQUAL_LOGITS, OFFSET_VALUES):
+        for factor in (0.01, 1.0, 4.0, 16.0, 64.0, 1000.0):
+            yield _scaled(factor), case(seqlen, 64, dtype=dtype)
+        for data in (EQUAL_LOGITS, OFFSET_VALUES):
             yield data, case(seqlen, 64, dtype=dtype)
         for data in (NORMAL, LARGE_BIAS, Data("half of the bias -inf", _half_hidden)):
             yield data, case(min(seqlen, 2048), 64, dtype=dtype, bias="1hqk")

@@ -2,6 +2,9 @@
 
 import math
 import shlex
+import threading
+import time
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -117,6 +120,25 @@ def test_several_processes(capsys):
     """They share the kinds; their counts are added up."""
     assert fuzz.main(["--backend", "reference", "--problems", "12", "-n", "2", *SMALL]) == 0
     assert "right, 0 wrong, 0 refused" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_is_told_with_its_problem(capsys):
+    """A kernel that writes elsewhere, or never ends, takes its process along."""
+
+    def kill_one():
+        while not any(child.is_alive() for child in active_children()):
+            time.sleep(0.01)
+        time.sleep(5)  # PyTorch loads
+        active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    assert fuzz.main(["--backend", "reference", "--seconds", "12", "-n", "2", *SMALL]) == 1
+    killer.join()
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if line.startswith("FAILED ")]
+    assert line.endswith("# the process ended with -9")
+    assert "--seed " in line
 
 
 def test_a_seed_is_one_problem():

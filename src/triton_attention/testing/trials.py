@@ -177,7 +177,9 @@ def _draw_sizes(draw: Random, largest_scores: int) -> Sizes:
         ]
         if draw.random() < 0.3:
             lengths[1] = lengths[0]
-        if batch * heads_kv * group * lengths[0] * lengths[1] <= largest_scores:
+        matrices = batch * heads_kv * group
+        few_rows = matrices * max(lengths) <= largest_scores // 16 + 300  # those of one key have no fewer numbers
+        if few_rows and matrices * lengths[0] * lengths[1] <= largest_scores:
             return Sizes(batch, heads_kv, group, lengths[0], lengths[1])
 
 
