@@ -128,7 +128,7 @@ def by_rows(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def results_of(provider: Provider, case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """out and the gradients, and of our own function the lse; without dbias where the provider has none."""
+    """out, the gradients, without dbias where the provider has none, and lse where it tells it."""
     device = inputs.q.device
     results: dict[str, Tensor] = {}
     passes = ["fwd", "bwd" if case.bias == "none" or provider.why_not(case, "bwd_db", device) else "bwd_db"]
@@ -137,13 +137,23 @@ def results_of(provider: Provider, case: Case, inputs: Inputs) -> dict[str, Tens
         if refusal is not None:
             raise NotImplementedError(refusal)
         results |= provider.prepare(case, pass_name, inputs).results()
-    if isinstance(provider, Ours):
-        backend = "portable" if isinstance(provider, Portable) else "auto"
-        with torch.no_grad():
-            _, results["lse"] = attention(
-                *inputs[:3], bias=inputs.bias, causal=case.causal, return_lse=True, backend=backend
-            )
-    return results
+    lse = _lse_of(provider, case, inputs)
+    return results if lse is None else results | {"lse": lse}
+
+
+def _lse_of(provider: Provider, case: Case, inputs: Inputs) -> Tensor | None:
+    """Of those that tell it: ours, and the operator below SDPA's FlashAttention."""
+    q, k, v, bias, _ = inputs
+    lse: Tensor | None = None
+    with torch.no_grad():
+        if isinstance(provider, Ours):
+            backend = "portable" if isinstance(provider, Portable) else "auto"
+            _, lse = attention(q, k, v, bias=bias, causal=case.causal, return_lse=True, backend=backend)
+        elif provider.name == "sdpa_flash":
+            heads_first = (x.transpose(1, 2) for x in (q, k, v))
+            lse = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, 0.0, case.causal)[1]
+            lse = lse[..., : case.seqlen_q]
+    return lse
 
 
 def error_of(result: Tensor, exact: Tensor) -> Size:
