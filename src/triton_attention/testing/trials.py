@@ -110,7 +110,7 @@ def draw(seed: int, largest_scores: int = LARGEST_SCORES) -> Trial:
     misaligned = kind.random() < 0.25
     odd_rows = [misaligned and kind.random() < 0.5 for _ in range(4)]
     odd_starts = [misaligned and kind.random() < 0.5 for _ in range(4)]
-    negative_scale = kind.random() < 0.15
+    sign = kind.choice([1, 1, 1, 1, 1, 1, 1, 1, -1, 0])  # of the scale
     softcap, dropout, sink = (kind.random() < share for share in (0.1, 0.1, 0.1))
     alibi = kind.choice(["h", "bh"]) if kind.random() < 0.1 else ""
 
@@ -124,13 +124,12 @@ def draw(seed: int, largest_scores: int = LARGEST_SCORES) -> Trial:
     q, k, v, added = magnitudes
     dropout_p = draw.choice([0.05, 0.5, 0.9]) if dropout else 0.0
     v = min(v, 1e4 * (1 - dropout_p))  # what is kept grows, and float16 ends at 65,504
-    scale = None if draw.random() < 0.6 and not negative_scale else draw.choice([0.0, 0.01, 0.2, 1.0, 3.0])
+    scale = None if draw.random() < 0.6 and sign == 1 else draw.choice([0.01, 0.2, 1.0, 3.0])
     logits = q * k * math.sqrt(head_dim)
     largest = _LARGEST_LOGIT if draw.random() < 0.3 else 30.0
     if (head_dim**-0.5 if scale is None else scale) * logits > largest:
         scale = largest / logits
-    if negative_scale and scale is not None:
-        scale = -scale
+    scale = scale if scale is None else sign * scale
     layouts = []
     shapes = {
         "q": (batch, seqlen_q, sizes.heads_q, head_dim),
