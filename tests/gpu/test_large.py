@@ -1,7 +1,10 @@
 """Are results right beyond 2^31 elements, 65,535 blocks and a million keys? Sampled rows against float64."""
 
+import fcntl
 import math
 from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import pytest
@@ -27,12 +30,16 @@ def _no_poison():
     torch.cuda.empty_cache()
 
 
-def needs_memory(gigabytes):
-    """Skips unless the GPU has that much left, other processes' memory counted."""
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 1e9
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory")
+@pytest.fixture
+def memory_for_billions():
+    """25 GB of GPU memory, one test at a time whatever the number of processes; skips where there is less."""
+    with open(Path(gettempdir()) / "triton-attention-large-tests.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        free = torch.cuda.mem_get_info()[0] / 1e9
+        if free < 25:
+            pytest.skip("needs 25 GB of free GPU memory")
+        yield
+        torch.cuda.empty_cache()
 
 
 def normal(*shape):
@@ -133,8 +140,7 @@ def compare(names, ours, exact, plain):
 
 
 @each_backend
-def test_bias_and_its_gradient(backend):
-    needs_memory(25)
+def test_bias_and_its_gradient(memory_for_billions, backend):
     heads, seqlen = 16, 16384
     bias = normal(1, heads, seqlen, seqlen)
     assert bias.numel() > 2**31
@@ -145,8 +151,7 @@ def test_bias_and_its_gradient(backend):
 
 
 @each_backend
-def test_queries(backend):
-    needs_memory(25)
+def test_queries(memory_for_billions, backend):
     seqlen, heads, heads_kv, head_dim = 2**20 + 77, 16, 2, 128
     q, k, v = normal(1, seqlen, heads, head_dim), *(normal(1, 72, heads_kv, head_dim) for _ in range(2))
     assert q.numel() > 2**31
@@ -158,8 +163,7 @@ def test_queries(backend):
 
 
 @each_backend
-def test_keys(backend):
-    needs_memory(25)
+def test_keys(memory_for_billions, backend):
     seqlen, heads, head_dim = 2**20 + 77, 16, 128
     q, k, v = normal(1, 72, heads, head_dim), *(normal(1, seqlen, heads, head_dim) for _ in range(2))
     assert k.numel() > 2**31

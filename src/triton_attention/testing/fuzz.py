@@ -282,6 +282,8 @@ def main(arguments: list[str]) -> int:
     add("-n", "--workers", type=int, default=1, help="processes of a campaign (default: %(default)s)")
     add("--largest-scores", type=int, default=LARGEST_SCORES, help="batch * heads * seqlen_q * seqlen_k at most")
     options = parser.parse_args(arguments)
+    if not 0 < options.each <= TRIALS_OF_A_KIND:
+        parser.error(f"--each must be from 1 to {TRIALS_OF_A_KIND}, got {options.each}")
     if options.seconds is None and options.problems is None:
         return _run_one(options)
     options.seconds = float("inf") if options.seconds is None else options.seconds
