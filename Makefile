@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # machine, and ten times slower or worse where the threads share the cores with any other program.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint test-gpu test-triton clean
+.PHONY: help demo test lint test-gpu fuzz-gpu sanitize-gpu test-triton wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,11 +42,25 @@ test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU; they write tests/gpu_rep
 	@$(PYTHON) tests/gpu/precompile.py
 	@$(PYTHON) -m pytest tests/gpu -q -n 8 $(if $(COMMIT),--commit $(COMMIT))
 
+fuzz-gpu: $(ENVIRONMENT)  ## random problems against float64: make fuzz-gpu [SECONDS=300] [BACKEND=portable] [SEED=0]
+	@$(PYTHON) -m triton_attention.testing.fuzz --backend $(or $(BACKEND),portable) --seconds $(or $(SECONDS),300) \
+		--seed $(or $(SEED),0) --workers $(or $(WORKERS),$(shell nproc)) $(if $(PROBLEMS),--problems $(PROBLEMS))
+
+sanitize-gpu: $(ENVIRONMENT)  ## every kernel under compute-sanitizer: make sanitize-gpu [TOOLS="memcheck racecheck"]
+	@$(PYTHON) tests/gpu/sanitize.py $(TOOLS)
+
 test-triton: $(ENVIRONMENT)  ## compile every kernel with another Triton: make test-triton VERSION=3.6.0
 	@test -n "$(VERSION)" || { echo "Name a version of Triton: make test-triton VERSION=3.6.0"; exit 2; }
 	@test -d build/triton-$(VERSION) || \
 		$(PYTHON) -m pip install --quiet --no-deps --target build/triton-$(VERSION) triton==$(VERSION)
 	@PYTHONPATH=$(CURDIR)/build/triton-$(VERSION):$(PYTHONPATH) $(PYTHON) -m pytest tests/compile -q -n auto
+
+wheel: $(ENVIRONMENT)  ## the wheel of this commit in dist/: the same bytes wherever and whenever it is built
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@git archive HEAD | tar -x -C build/wheel
+	@cd build/wheel && umask 022 && chmod -R u=rwX,go=rX . && SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+		$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir ../../dist .
+	@cd dist && sha256sum *.whl
 
 clean:  ## remove the environment, builds, caches and what the examples wrote
 	@rm -rf .venv build dist examples/output .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

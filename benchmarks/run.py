@@ -87,7 +87,7 @@ class Machine(NamedTuple):
             torch_version=torch.__version__,
             triton_version=triton,
             cuda_version=(torch.version.cuda or torch.version.hip or "none") if on_gpu else "none",
-            commit=commit or _commit(),
+            commit=commit or commit_of_this_folder(),
             ceilings={dtype: matmul_ceiling_tflops(getattr(torch, dtype), device, seconds) for dtype in dtypes},
             copy_gb_per_s=copy_gb_per_s(device, seconds),
         )
@@ -196,7 +196,8 @@ def _progress(row: Row) -> str:
     return f"{what} {row['status']}: {row['reason']}"
 
 
-def _commit() -> str:
+def commit_of_this_folder() -> str:
+    """What git says of the measured sources."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

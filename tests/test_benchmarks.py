@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from benchmarks import compare, rows, run
+from benchmarks import compare, numerics, rows, run
 from benchmarks.__main__ import main
 from benchmarks.cases import GROUPS, Case, random_inputs
 from benchmarks.correctness import reference
@@ -381,3 +383,29 @@ def test_only_plot_needs_matplotlib():
     )
     root = Path(run.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_numerics_by_rows_are_those_of_the_whole_matrix(monkeypatch):
+    for case in (case for case in GROUPS["smoke"] if case.name in ("full", "1hqk", "bhqk causal")):
+        inputs = random_inputs(case, CPU)
+        whole = numerics.by_rows(case, inputs, torch.float64)
+        monkeypatch.setattr(numerics, "_SCORES", 7 * case.batch * case.heads_q * case.seqlen_k)
+        parts = numerics.by_rows(case, inputs, torch.float64)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(parts[name], tensor)
+        monkeypatch.undo()
+
+
+def test_numerics_of_every_kind_of_data(tmp_path, capsys):
+    output = tmp_path / "numerics.csv"
+    assert main(["numerics", "--device", "cpu", "--longest", "64", "--output", str(output)]) == 0
+    with open(output, newline="") as file:
+        table = list(csv.DictReader(file))
+    ours = {(row["data"], row["dtype"], row["bias"], row["result"]): row for row in table if row["provider"] == "ours"}
+    for (data, dtype, _, result), row in ours.items():
+        finite = float(row["largest_error"]) < math.inf
+        assert finite or dtype == "float16", (data, result)  # its logits end at 65,504
+    assert {"normal", "equal logits", "v + 100", "half of the bias -inf"} < {key[0] for key in ours}
+    assert {"out", "lse", "dq", "dk", "dv", "dbias"} == {key[3] for key in ours}
+    assert any(row["provider"] == "sdpa_cudnn" and row["note"] == "runs on CUDA devices only" for row in table)
+    assert "data equal logits, seqlen 64" in capsys.readouterr().out

@@ -1,5 +1,8 @@
 """Is every result the same, bit for bit, each time? A data race, or an order of additions that varies, would show."""
 
+import random
+import time
+
 import pytest
 import torch
 from hardware import needs_hopper
@@ -22,12 +25,13 @@ def make_inputs(head_dim, batch, heads, seqlen_q, seqlen_k):
     return [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
 
 
-def count_differences(run, repeats):
-    """How often each result of a repeat differs from that of the first run."""
+def count_differences(run, repeats, before=lambda: None):
+    """How often each result of a repeat differs from that of the first run; `before` is called before each."""
     first = run()
     assert all(tensor.isfinite().all() for tensor in first)
     different = torch.zeros(len(first), dtype=torch.int64, device="cuda")
     for _ in range(repeats):
+        before()
         different += torch.stack([(one != two).any() for one, two in zip(first, run(), strict=True)])
     return different.tolist()
 
@@ -84,3 +88,50 @@ def test_repeats_of_the_hopper_backward_are_bitwise_equal(head_dim, kind):
         return others
 
     assert count_differences(run, REPEATS // 4) == [0] * (len(leaves) - 1), "repeats that differ in (dk, dv, dbias)"
+
+
+class Load:
+    """Other streams that are busy at times: matrix products beside the kernels, copies of memory, and pauses, so that
+    programs start late, share multiprocessors and caches, and see the clock go up and down."""
+
+    def __init__(self):
+        self.random = random.Random(0)
+        self.streams = torch.cuda.Stream(), torch.cuda.Stream()
+        self.matrix = torch.randn(1536, 1536, device="cuda").bfloat16()
+        self.product = torch.empty_like(self.matrix)
+        self.memory = torch.empty(2, 64 << 20, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+
+    def __call__(self):
+        kind = self.random.randrange(4)
+        if kind == 0:
+            with torch.cuda.stream(self.streams[0]):
+                for _ in range(self.random.randrange(4)):
+                    torch.mm(self.matrix, self.matrix, out=self.product)
+        if kind == 1:
+            with torch.cuda.stream(self.streams[1]):
+                self.memory[0].copy_(self.memory[1])
+        if kind == 2:
+            torch.cuda._sleep(self.random.randrange(100_000))  # cycles of a kernel that occupies one program
+        if self.random.random() < 0.005:
+            torch.cuda.synchronize()
+            time.sleep(0.02)  # clocks fall
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 256])
+@pytest.mark.parametrize("backend", [pytest.param("hopper", marks=needs_hopper), "portable"])
+def test_repeats_under_load_are_bitwise_equal(backend, head_dim, causal):
+    leaves = make_inputs(head_dim, batch=2, heads=8, seqlen_q=513, seqlen_k=520)
+    dout = torch.randn_like(leaves[0])
+
+    def run():
+        q, k, v, bias = leaves
+        out, lse = attention(q, k, v, bias=bias, causal=causal, return_lse=True, backend=backend)
+        dq, *others = torch.autograd.grad(out, leaves, dout)
+        if backend == "hopper" and head_dim <= 128:  # adds up dq in an order that varies
+            return out.detach(), lse.detach(), *others
+        return out.detach(), lse.detach(), *others, dq
+
+    differences = count_differences(run, REPEATS // 10, Load())
+    assert not any(differences), f"repeats that differ in (out, lse, dk, dv, dbias, dq): {differences}"

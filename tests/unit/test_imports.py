@@ -37,7 +37,19 @@ ARROWS = {
     "reference": {"philox", "problem"},
     "philox": set(),
     "problem": set(),
-    "testing": {"", "hopper", "kernel", "ops", "philox", "portable", "problem", "reference", "testing"},
+    "testing": {
+        "",
+        "api",
+        "dispatch",
+        "hopper",
+        "kernel",
+        "ops",
+        "philox",
+        "portable",
+        "problem",
+        "reference",
+        "testing",
+    },
 }
 MAY_IMPORT_TRITON = {"_compat", "cli", "hopper", "kernel", "portable", "testing"}
 

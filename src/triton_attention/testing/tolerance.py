@@ -15,6 +15,7 @@ from torch import Tensor
 from triton_attention import reference
 from triton_attention.problem import Inputs, Problem
 from triton_attention.testing.dropout import next_dropout_mask
+from triton_attention.testing.rounding import rounded_attention
 
 Attention = Callable[[Inputs, Problem], tuple[Tensor, Tensor]]  # -> (out, lse)
 
@@ -49,16 +50,29 @@ class Check(NamedTuple):
         return "\n".join(lines)
 
 
-def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem, seed: int = 0) -> Check:
+def check_against_float64(
+    attention: Attention,
+    inputs: Inputs,
+    problem: Problem,
+    seed: int = 0,
+    *,
+    extreme: bool = False,
+    loss_scale: float = 1.0,
+) -> Check:
     """Run `attention` forward and backward (through out and lse) and compare with the reference in float64.
 
-    `attention` takes (inputs, problem) and returns (out, lse), such as `triton_attention.reference.attention`.
+    `attention` takes (inputs, problem) and returns (out, lse), such as `triton_attention.reference.attention`. The
+    gradients of out and lse are standard normal, times `loss_scale`.
+
+    `extreme` is for inputs of any size. There plain PyTorch may overflow or, where a softmax picks one key, be exact by
+    luck: its error is then the larger one of its own and of `rounded_attention`, and the rounding is also that of
+    the float32 terms that cancel.
     """
     generator = torch.Generator(problem.device).manual_seed(seed)
     *batch, seqlen_q, heads, _ = inputs.q.shape  # of packed sequences without a batch
     dout = torch.randn(*batch, seqlen_q, heads, problem.head_dim_v, generator=generator, device=problem.device)
-    dout = dout.to(problem.dtype)
-    dlse = torch.randn(*batch, heads, seqlen_q, generator=generator, device=problem.device)
+    dout = (loss_scale * dout).to(problem.dtype)
+    dlse = loss_scale * torch.randn(*batch, heads, seqlen_q, generator=generator, device=problem.device)
 
     def results(function: Attention, like: Inputs) -> dict[str, Tensor]:
         torch.manual_seed(seed)  # the same dropout for each
@@ -77,7 +91,9 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
         bias = exact_inputs.bias.detach().expand(full).contiguous()
         exact_inputs = exact_inputs._replace(bias=bias.requires_grad_(exact_inputs.bias.requires_grad))
     ours = results(attention, inputs)
-    plain = results(same_dtype_attention, _copies(inputs, problem.dtype))
+    functions: list[Attention] = [same_dtype_attention, rounded_attention] if extreme else [same_dtype_attention]
+    plain = [results(function, _copies(inputs)) for function in functions]
+    of_float32 = _sizes_in_float32(inputs, problem, dout, dlse) if extreme else {}
     exact = results(reference.attention, exact_inputs)
 
     rows = []
@@ -90,8 +106,12 @@ def check_against_float64(attention: Attention, inputs: Inputs, problem: Problem
         epsilon = torch.finfo(torch.float32).eps if name == "lse" else coarser
         if name.startswith("d"):  # the probabilities were made anew from an lse in float32, whose rounding scales them
             epsilon += torch.finfo(torch.float32).eps * _largest(exact["lse"])
-        baseline = _error(plain[name], true)
-        rows.append(Row(name, _error(ours[name], true), baseline, 2 * baseline + epsilon * scale))
+        baseline = max(filter(math.isfinite, (_error(result[name], true) for result in plain)), default=math.nan)
+        rounding = epsilon * max(scale, torch.finfo(ours[name].dtype).smallest_normal)
+        if extreme:
+            cancelling, terms = of_float32[name]
+            rounding += torch.finfo(torch.float32).eps * (cancelling + math.sqrt(terms) * scale)
+        rows.append(Row(name, _error(ours[name], true), baseline, 2 * baseline + rounding))
     return Check(rows)
 
 
@@ -109,7 +129,8 @@ def same_dtype_attention(inputs: Inputs, problem: Problem, first_batch: int = 0)
     if bias is not None and bias.dtype == torch.bool:
         hidden = ~bias
     elif bias is not None:
-        scores = scores + bias.to(scores.dtype)
+        hidden = bias == -math.inf
+        scores = scores + bias.masked_fill(hidden, 0.0).to(scores.dtype)
     offset = torch.arange(problem.seqlen_k, device=problem.device)
     offset = offset - torch.arange(problem.seqlen_q, device=problem.device)[:, None]  # (sq, sk)
     if slopes is not None:
@@ -134,12 +155,44 @@ def same_dtype_attention(inputs: Inputs, problem: Problem, first_batch: int = 0)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
-def _copies(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same numbers in another dtype, as new leaves; a bool mask and boundaries stay what they are."""
+def _sizes_in_float32(inputs: Inputs, problem: Problem, dout: Tensor, dlse: Tensor) -> dict[str, tuple[float, float]]:
+    """How large each result could be if its terms did not cancel, and how many there are: what is rounded in float32.
+
+    A score has the size |q| |k|, its error scales a probability, and dscores = probability (dout v - dout out + dlse).
+    Errors of different queries do not know each other.
+    """
+    q, k, v, bias, slopes = inputs[:5]
+    rows = problem.heads_q // problem.heads_kv * problem.seqlen_q
+    scale = abs(problem.softmax_scale)
+    score = 1 + scale * _longest(q) * _longest(k)
+    if bias is not None and bias.dtype != torch.bool:
+        score += _largest(bias.double())
+    if slopes is not None:
+        score += _largest(slopes) * (problem.seqlen_q + problem.seqlen_k)
+    dscore = score * (_longest(dout) * _longest(v) + _largest(dlse))
+    sums = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k / (1 if bias is None else bias.numel())
+    return {
+        "out": (score * _largest(v), problem.seqlen_k),
+        "lse": (score, 1),
+        "dq": (dscore * scale * _largest(k), problem.seqlen_k),
+        "dk": (dscore * scale * _largest(q) * math.sqrt(rows), rows),
+        "dv": (score * _largest(dout) * math.sqrt(rows), rows),
+        "dbias": (dscore * math.sqrt(sums), sums),
+        "dsink": (dscore * math.sqrt(problem.batch * problem.seqlen_q), problem.batch * problem.seqlen_q),
+    }
+
+
+def _longest(tensor: Tensor) -> float:
+    """The largest norm of a row."""
+    return float(tensor.detach().double().norm(dim=-1).max())
+
+
+def _copies(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """The same numbers, in another dtype if one is given, as new leaves; a mask and boundaries stay what they are."""
     return Inputs._make(
         tensor
         if tensor is None or not tensor.is_floating_point()
-        else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+        else tensor.detach().to(dtype or tensor.dtype).requires_grad_(tensor.requires_grad)
         for tensor in inputs
     )
 

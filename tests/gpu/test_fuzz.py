@@ -1,0 +1,14 @@
+"""Are some random problems right on this GPU? `make fuzz-gpu` tries thousands."""
+
+import pytest
+import torch
+from hardware import needs_hopper
+
+from triton_attention.testing import fuzz
+
+
+@pytest.mark.parametrize("backend", [pytest.param("hopper", marks=needs_hopper), "portable"])
+@pytest.mark.parametrize("kind", range(16))
+def test_random_problems(kind, backend):
+    events = list(fuzz.campaign(fuzz.Target(backend, torch.device("cuda")), iter([kind]), each=15))
+    assert [event.line for event in events if event.outcome == "wrong"] == []
