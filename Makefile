@@ -55,5 +55,5 @@ clean:  ## remove the environment, builds, caches and what the examples wrote
 .venv/stamp: pyproject.toml constraints.txt
 	@echo "Making .venv (PyTorch and the tools: some minutes)"
 	@python3 -m venv --clear .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,demo]'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,demo,transformers]'
 	@touch $@
