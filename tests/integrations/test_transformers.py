@@ -1,9 +1,11 @@
 """Do models of Transformers compute with this package what they compute in eager mode, and does no mask get lost?
 
 Real model classes, a few small layers each, with random weights, in float32: so the two agree to what rounding leaves.
+On a GPU: DEVICE=cuda python -m pytest tests/integrations
 """
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from unittest.mock import Mock
@@ -22,8 +24,9 @@ from triton_attention.integrations import transformers as integration
 integration.register()
 
 TOLERANCE = 1e-5  # of the largest value; what is lost changes results by a hundred times as much at least
+DEVICE = os.environ.get("DEVICE", "cpu")
 LENGTH = 11
-TOKENS = torch.randint(3, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(3, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 DECODER = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -42,10 +45,10 @@ ENCODER = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-LEFT_PADDED = torch.tensor([[1] * LENGTH, [0] * 3 + [1] * (LENGTH - 3)])
+LEFT_PADDED = torch.tensor([[1] * LENGTH, [0] * 3 + [1] * (LENGTH - 3)], device=DEVICE)
 RIGHT_PADDED = LEFT_PADDED.flip(1)
-PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]] * 2)  # positions: three sequences in a row
-PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]] * 2, device=DEVICE)  # positions: three sequences in a row
+PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
 
 class Case(NamedTuple):
@@ -128,7 +131,7 @@ def make_model(model, config, implementation):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(std=0.4, generator=generator)
-    return made
+    return made.to(DEVICE)
 
 
 def both(model, config):
@@ -142,7 +145,7 @@ def results(model, case, loss_weights=None):
     logits = outputs.logits if "logits" in outputs else outputs.last_hidden_state
     logits = logits if case.real is None else logits[case.real.bool()]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype)
-    (logits * weights).sum().backward()
+    (logits * weights.to(DEVICE)).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return logits.detach(), gradients
 
@@ -214,12 +217,13 @@ def test_packed_sequences_are_those_sequences_alone():
 def test_cu_seqlens_separate_sequences():
     """Positions alone would not tell here, and the library's own functions ignore them outside of flash_attn."""
     model = make_model(tf.Gemma2ForCausalLM, GEMMA, integration.NAME)
-    lengths = torch.tensor([0, 3, 8, 11], dtype=torch.int32)
+    lengths = torch.tensor([0, 3, 8, 11], dtype=torch.int32, device=DEVICE)
     ends = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
+    positions = torch.arange(LENGTH, device=DEVICE)[None]
     together = model(input_ids=TOKENS[:1], use_cache=False).logits
-    packed = model(input_ids=TOKENS[:1], position_ids=torch.arange(11)[None], use_cache=False, **ends).logits
+    packed = model(input_ids=TOKENS[:1], position_ids=positions, use_cache=False, **ends).logits
     alone = [
-        model(input_ids=part, position_ids=torch.arange(11)[None, start : start + part.shape[1]], use_cache=False)
+        model(input_ids=part, position_ids=positions[:, start : start + part.shape[1]], use_cache=False)
         for part, start in zip(TOKENS[:1].split([3, 5, 3], dim=1), (0, 3, 8), strict=True)
     ]
     torch.testing.assert_close(packed, torch.cat([part.logits for part in alone], dim=1), rtol=0, atol=1e-4)
@@ -272,6 +276,7 @@ def test_a_mask_of_the_users():
     ours, eager = both(tf.LlamaForCausalLM, LLAMA)
     visible = torch.rand(2, 4, LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.6
     visible |= torch.eye(LENGTH, dtype=torch.bool)
+    visible = visible.to(DEVICE)
     addend = torch.where(visible, 0.0, -torch.inf)
     expected = eager(input_ids=TOKENS, attention_mask=addend, use_cache=False).logits
     for mask in (visible, addend):
