@@ -1,8 +1,7 @@
 """Level 3: what did the compiler do for us? The same in Gluon, with barriers, layouts and shared memory written out.
 
 One warpgroup of 128 threads owns 64 queries. It starts the copies of a block of keys and values, waits for their
-barrier, multiplies, takes the softmax, multiplies again. Nothing overlaps: this level is slower than the last, and says
-what there is to overlap.
+barrier, multiplies, takes the softmax, multiplies again. Nothing overlaps, which shows what there is to overlap.
 """
 
 from __future__ import annotations
