@@ -127,22 +127,19 @@ def flash_attention_backward(
     Tensors are as in `flash_attention_forward`; the arguments between `logsumexp` and `is_causal` say nothing here.
     """
     inputs, problem = _described(query, key, value, is_causal, scale)
-    dq, dk, dv, _ = torch.ops.triton_attention.attention_bwd(
-        dout=grad_out.transpose(1, 2),
-        dlse=None,
-        q=inputs.q,
-        k=inputs.k,
-        v=inputs.v,
-        bias=None,
-        out=out.transpose(1, 2),
-        lse=logsumexp,
-        needs_dbias=False,
-        softmax_scale=problem.softmax_scale,
-        left=problem.mask.left,
-        right=problem.mask.right,
-        top_left=problem.mask.top_left,
-        backend=dispatch.select(problem).name,
-    )
+    operator = torch.ops.triton_attention.attention_bwd.default
+    call = {
+        **problem._asdict(),
+        **problem.mask._asdict(),
+        **inputs._asdict(),
+        "dout": grad_out.transpose(1, 2),
+        "out": out.transpose(1, 2),
+        "lse": logsumexp,
+        "needs_dbias": False,
+        "backend": dispatch.select(problem).name,
+    }
+    # What else the operator takes is None: SDPA's call has no gradient of the log-sum-exp, for instance.
+    dq, dk, dv, *_ = operator(**{argument.name: call.get(argument.name) for argument in operator._schema.arguments})
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
