@@ -284,6 +284,42 @@ def test_a_mask_of_the_users():
         assert relative_error(result, expected) < TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # 5.20 has no other name for it
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """The mask passes through checkpoint, which a tensor subclass could get lost in."""
+    case = CASES["Gemma 2, padded left"]
+    logits, gradients = results(make_model(case.model, case.config, integration.NAME), case)
+    model = make_model(case.model, case.config, integration.NAME)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found_logits, found = results(model, case)
+    assert relative_error(found_logits, logits) < TOLERANCE
+    assert all(torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-4) for name, gradient in gradients.items())
+
+
+def test_dropout_is_drawn_in_training_alone():
+    config = tf.LlamaConfig(**DECODER, attention_dropout=0.5)
+    model = make_model(tf.LlamaForCausalLM, config, integration.NAME)
+
+    def logits(seed):
+        torch.manual_seed(seed)
+        return model(input_ids=TOKENS, use_cache=False).logits
+
+    assert torch.equal(logits(0), logits(0))
+    assert not torch.allclose(logits(0), logits(1))
+    model.eval()
+    assert torch.equal(logits(0), logits(1))
+
+
+def test_autocast():
+    """The model's products in bfloat16, and attention too."""
+    ours, eager = both(tf.LlamaForCausalLM, LLAMA)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        logits, true = (model(input_ids=TOKENS, use_cache=False).logits.float() for model in (ours, eager))
+    exact = eager(input_ids=TOKENS, use_cache=False).logits
+    assert relative_error(logits, exact) < 2 * relative_error(true, exact) + torch.finfo(torch.bfloat16).eps
+
+
 # Masks
 
 BANDS = {  # the function, its window, and what it is between a query and a key
