@@ -452,8 +452,8 @@ def test_registering_twice_changes_nothing():
 
 
 def call(**arguments):
-    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
-    return integration.attention_forward(nn.Module(), q, k, v, **({"attention_mask": None} | arguments))
+    arguments = {name: torch.randn(1, 2, 5, 8) for name in ("query", "key", "value")} | arguments
+    return integration.attention_forward(nn.Module(), **({"attention_mask": None} | arguments))
 
 
 @pytest.mark.parametrize("name", ["cache", "indices", "block_indices", "sinks"])
@@ -466,6 +466,14 @@ def test_what_is_not_computed_is_refused(name):
 def test_probabilities_are_refused():
     with pytest.raises(NotImplementedError, match="output_attentions must be False"):
         call(output_attentions=True)
+
+
+@pytest.mark.parametrize("missing", ["cu_seq_lens_q", "cu_seq_lens_k", None])
+def test_packed_sequences_that_do_not_match_are_refused(missing):
+    ends = {name: torch.tensor([0, 2, 5]) for name in ("cu_seq_lens_q", "cu_seq_lens_k") if name != missing}
+    further = {} if missing else {"key": torch.randn(1, 2, 7, 8), "value": torch.randn(1, 2, 7, 8)}
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be of the same packed sequences"):
+        call(**ends, **further)
 
 
 def test_a_band_for_other_lengths_is_refused():

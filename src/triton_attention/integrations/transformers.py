@@ -106,7 +106,12 @@ def attention_forward(
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         band, bias = Mask(right=0, top_left=True) if causal and seqlen_q > 1 else Mask(), None
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        if cu_seq_lens_q is None or cu_seq_lens_k is None or seqlen_q != seqlen_k:
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k must be of the same packed sequences, with as many keys as queries, "
+                f"got {cu_seq_lens_q} and {cu_seq_lens_k} for {seqlen_q} queries and {seqlen_k} keys"
+            )
         bias = _sum(_same_sequence(cu_seq_lens_q, cu_seq_lens_k, seqlen_q, seqlen_k), bias)
     if position_bias is not None:
         bias = _sum(_unexpanded(position_bias), bias)
