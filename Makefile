@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # machine, and ten times slower or worse where the threads share the cores with any other program.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint test-gpu fuzz-gpu sanitize-gpu test-triton wheel clean
+.PHONY: help demo docs test lint test-gpu fuzz-gpu sanitize-gpu test-triton wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,10 @@ help:  ## list the targets
 
 demo: $(ENVIRONMENT)  ## train a small language model with a learned attention bias (about a minute)
 	@$(PYTHON) examples/relative_bias_lm.py
+
+docs: $(ENVIRONMENT)  ## build the site into build/site
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 test: lint  ## lint, then every test that needs no GPU
 	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -q -n auto tests/kernels tests/torch
@@ -69,5 +73,5 @@ clean:  ## remove the environment, builds, caches and what the examples wrote
 .venv/stamp: pyproject.toml constraints.txt
 	@echo "Making .venv (PyTorch and the tools: some minutes)"
 	@python3 -m venv --clear .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,demo]'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,demo,transformers,docs]'
 	@touch $@

@@ -28,12 +28,6 @@ def _run_operator(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tenso
     return ops.attention(inputs, problem, backend)
 
 
-def _hopper_why_not(problem: Problem) -> list[str]:
-    """Packed sequences are no batch to its descriptors: that reason is the same whatever else there is."""
-    reasons = hopper_support.why_not(problem)
-    return [*reasons, "has no sequences of different lengths (cu_seqlens)"] if problem.varlen else reasons
-
-
 def _reference_why_not(problem: Problem) -> list[str]:
     """The reference runs every problem, but unasked only those that no accelerator was meant to run."""
     if problem.device.type in ("cpu", "meta"):
@@ -42,7 +36,7 @@ def _reference_why_not(problem: Problem) -> list[str]:
 
 
 BACKENDS: tuple[Backend, ...] = (  # in order of preference
-    Backend("hopper", _hopper_why_not, partial(_run_operator, backend="hopper")),
+    Backend("hopper", hopper_support.why_not, partial(_run_operator, backend="hopper")),
     Backend("portable", portable_support.why_not, partial(_run_operator, backend="portable")),
     Backend("reference", _reference_why_not, reference.attention),
 )

@@ -78,6 +78,7 @@ REASONS = [
     ({"alibi": True}, "has no alibi_slopes; as a bias of shape (batch or 1, heads, seqlen_q, seqlen_k) they work"),
     ({"sink": True}, "has no sink"),
     ({"dropout_p": 0.1}, "has no dropout"),
+    ({"varlen": True}, "has no sequences of different lengths (cu_seqlens)"),
     (
         {"deterministic": True, "needs_grad": True},
         "adds up the gradient of q in no fixed order, and deterministic=True asks for one",

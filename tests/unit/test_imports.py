@@ -24,6 +24,8 @@ ARROWS = {
     "cli": {"", "dispatch", "problem", "testing"},
     "api": {"dispatch", "problem", "reference"},
     "compat": {"api", "compat", "problem"},
+    "integrations": {"api", "problem"},
+    "integrations.pytorch": {"dispatch", "ops", "problem"},
     "dispatch": {"hopper.support", "ops", "portable.support", "problem", "reference"},
     "ops": {"hopper.launch", "philox", "portable.launch", "problem"},
     "hopper.support": {"problem"},

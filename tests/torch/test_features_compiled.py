@@ -1,0 +1,68 @@
+"""Does torch.compile trace every feature as one graph for all lengths, on the reference, with equal results?
+
+What the Triton backends run is in test_torch_compile.py; what they do not run yet is the reference's, and is here.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from triton_attention import attention
+from triton_attention.compat.flash_attn import flash_attn_func
+
+LENGTHS = [(5, 8), (7, 9), (10, 13)]  # (seqlen_q, seqlen_k)
+reference = partial(attention, backend="reference")
+
+
+def with_slopes(q, k, v):
+    return reference(q, k, v, alibi_slopes=torch.tensor([0.5, 0.25]), causal=True)
+
+
+def with_sink(q, k, v, sink):
+    return reference(q, k, v, sink=sink, causal=True, return_lse=True)
+
+
+def with_everything(q, k, v, sink, bias):
+    slopes = torch.tensor([[0.5, 0.25]])
+    return reference(q, k, v, bias=bias, sink=sink, alibi_slopes=slopes, softcap=2.0, window=(6, 1), softmax_scale=0.3)
+
+
+FEATURES = {  # a function, and whether it takes a sink, and a bias
+    "window": (partial(reference, window=(3, 1), return_lse=True), False, False),
+    "softcap": (partial(reference, softcap=2.0, causal=True, return_lse=True), False, False),
+    "softcap, flash_attn": (partial(flash_attn_func, softcap=2.0, causal=True, window_size=(4, 0)), False, False),
+    "alibi": (with_slopes, False, False),
+    "sink": (with_sink, True, False),
+    "everything": (with_everything, True, True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _compile_afresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _portable_runs_on_the_cpu():
+    """Not here: "auto" chooses the reference, as for any user's CPU tensors."""
+
+
+def results(function, leaves):
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = sum(output.square().sum() for output in outputs)
+    return outputs, torch.autograd.grad(total, leaves)
+
+
+@pytest.mark.parametrize(("function", "takes_sink", "takes_bias"), FEATURES.values(), ids=FEATURES)
+def test_one_graph_for_all_lengths(function, takes_sink, takes_bias):
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seqlen_q, seqlen_k in LENGTHS:
+            shapes = [(1, seqlen_q, 2, 16), (1, seqlen_k, 1, 16), (1, seqlen_k, 1, 16)]
+            shapes += [(2,)] * takes_sink + [(1, 2, seqlen_q, seqlen_k)] * takes_bias
+            leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+            torch.testing.assert_close(results(compiled, leaves), results(function, leaves))
