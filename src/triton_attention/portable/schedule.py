@@ -19,7 +19,7 @@ SEARCHED_AT_ONCE = tl.constexpr(256)
 class Packing(NamedTuple):
     """The numbers of a batch of `batch` sequences, packed into tensors of `total` rows.
 
-    `bottom_right` is 1 if the diagonal of the mask ends at the bottom right of a sequence, 0 if it begins at the top left.
+    `bottom_right` is 1 if the diagonal ends at the bottom right of each sequence, 0 if it begins at the top left.
     """
 
     batch: object
