@@ -139,13 +139,13 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:_NUM_TENSORS])  # but for the bias nothing that grows with seqlen^2
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)  # but for the bias nothing that grows with seqlen^2
     ctx.numbers = inputs[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)  # most calls use `out` alone: then there is no dlse to add
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
+    *tensors, out, lse = ctx.saved_tensors
     call = _Call(*tensors, *ctx.numbers)
     if dout is None:
         dout = torch.zeros_like(out)

@@ -55,7 +55,7 @@ def each_sequence(
     assert cu_seqlens_q is not None  # for the type checker
     assert cu_seqlens_k is not None
     outs, lses = [], []
-    boundaries = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+    boundaries = zip(pairwise(_on_host(cu_seqlens_q)), pairwise(_on_host(cu_seqlens_k)), strict=True)
     for i, ((start_q, end_q), (start_k, end_k)) in enumerate(boundaries):
         seqlen_q, seqlen_k = end_q - start_q, end_k - start_k
         sequence = Inputs(q[None, start_q:end_q], k[None, start_k:end_k], v[None, start_k:end_k], sink=inputs.sink)
@@ -74,6 +74,12 @@ def each_sequence(
     outs.append(nothing.expand(unused, problem.heads_q, problem.head_dim_v))
     lses.append(q.new_full((problem.heads_q, unused), -math.inf, dtype=dtype))
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _on_host(cu_seqlens: Tensor) -> list[int]:
+    """What boundaries hold. Those on the meta device hold nothing: there all sequences are empty, and shapes right."""
+    starts: list[int] = [0] * cu_seqlens.shape[0] if cu_seqlens.is_meta else cu_seqlens.tolist()
+    return starts
 
 
 def _attention(inputs: Inputs, problem: Problem, first_batch: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:

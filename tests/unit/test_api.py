@@ -195,6 +195,15 @@ def test_varlen_is_attention_of_each_sequence():
     )
 
 
+def test_varlen_of_meta_tensors_gives_shapes():
+    lengths = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in LENGTHS.items()}
+    q, k, v = (tensor.detach().to("meta").requires_grad_() for tensor in packed_qkv())
+    out, lse = attention_varlen(q, k, v, **lengths, return_lse=True)
+    assert (out.shape, out.device.type, lse.shape) == ((9, HEADS, HEAD_DIM_V), "meta", (HEADS, 9))
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
 def test_dropout_of_a_sequence_is_that_of_its_batch_entry():
     q, k, v = torch.randn(3, 2, 4, HEADS, 8)
     starts = torch.tensor([0, 4, 8], dtype=torch.int32)

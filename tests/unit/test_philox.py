@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from triton_attention.philox import draw_seed, dropout_mask, philox_4x32
+from triton_attention.philox import draw_seed, drop_below, dropout_mask, philox_4x32
 
 # Known answers of Random123 (kat_vectors: philox4x32, 10 rounds): counter, key, words.
 KNOWN_ANSWERS = [
@@ -48,6 +48,16 @@ def test_mask_of_a_part_is_the_part_of_the_mask():
     whole = dropout_mask(seed, 0.5, 2, 3, 16, 33)
     assert torch.equal(dropout_mask(seed, 0.5, 2, 3, 9, 10), whole[:, :, :9, :10])
     assert torch.equal(dropout_mask(seed, 0.5, 1, 3, 16, 33), whole[:1])
+
+
+def test_a_part_of_the_batch():
+    seed = torch.tensor(5)
+    assert torch.equal(dropout_mask(seed, 0.5, 1, 3, 16, 33, first_batch=1), dropout_mask(seed, 0.5, 2, 3, 16, 33)[1:])
+
+
+@pytest.mark.parametrize(("dropout_p", "word"), [(0.0, 0), (0.5, 2**31), (1 - 2**-40, 2**32 - 1)])
+def test_threshold_fits_32_bits(dropout_p, word):
+    assert drop_below(dropout_p) == word
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 0.9])

@@ -340,7 +340,7 @@ def _bias(tensor: Tensor) -> Argument:
 def _extras(planner: _Planner, settings: Settings, heads: int) -> Argument:
     """What few calls have; what is absent is None."""
     extras = settings.extras
-    softcap = slopes = diagonal = sink = seed = drop_from = kept_factor = cu_seqlens_q = cu_seqlens_k = ABSENT
+    softcap = slopes = diagonal = sink = seed = threshold = kept_factor = cu_seqlens_q = cu_seqlens_k = ABSENT
     if extras.softcap > 0.0:
         smallest, largest = _SOFTCAPS
         softcap = Argument(min(max(extras.softcap, smallest), largest) * _LOG2_E, "fp32")
@@ -352,11 +352,11 @@ def _extras(planner: _Planner, settings: Settings, heads: int) -> Argument:
     if extras.sink is not None:
         sink = flat(extras.sink.contiguous())
     if extras.seed is not None:
-        seed, drop_from = flat(extras.seed), Argument(drop_below(extras.dropout_p), "u32")
+        seed, threshold = flat(extras.seed), Argument(drop_below(extras.dropout_p), "u32")
         kept_factor = Argument(1.0 / (1.0 - extras.dropout_p), "fp32")
     if extras.packing is not None:
         cu_seqlens_q, cu_seqlens_k = (flat(starts.contiguous()) for starts in extras.packing[:2])
-    arguments = (softcap, slopes, diagonal, sink, seed, drop_from, kept_factor, cu_seqlens_q, cu_seqlens_k)
+    arguments = (softcap, slopes, diagonal, sink, seed, threshold, kept_factor, cu_seqlens_q, cu_seqlens_k)
     if all(argument is ABSENT for argument in arguments):
         return ABSENT
     return Argument(KernelExtras(*(x.value for x in arguments)), KernelExtras(*(x.type for x in arguments)))

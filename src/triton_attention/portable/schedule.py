@@ -17,16 +17,17 @@ SEARCHED_AT_ONCE = tl.constexpr(256)
 
 
 class Packing(NamedTuple):
-    """The numbers of a batch of `batch` sequences, packed into tensors of `total` rows."""
+    """The numbers of a batch of `batch` sequences, packed into tensors of `total` rows.
+
+    `bottom_right` is 1 if the diagonal ends at the bottom right of each sequence, 0 if it begins at the top left.
+    """
 
     batch: object
     total_q: object
     total_k: object
     max_seqlen_q: object
     max_seqlen_k: object
-    bottom_right: (
-        object  # 1: the mask's diagonal ends at the bottom right of each sequence; 0: it begins at the top left
-    )
+    bottom_right: object
 
 
 class Entry(NamedTuple):
