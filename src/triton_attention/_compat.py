@@ -19,3 +19,10 @@ else:
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+@builtin
+def reinterpret(tile, dtype, shape, layout, _semantic=None):  # type: ignore[no-untyped-def]
+    """The same shared memory as a tile of another type, shape and layout."""
+    method = tile.reinterpret if hasattr(tile, "reinterpret") else tile._reinterpret  # since 3.9
+    return method(dtype, shape, layout, _semantic=_semantic)

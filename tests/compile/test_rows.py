@@ -105,3 +105,12 @@ def test_what_few_calls_have_fits(name, head_dim, lengths):
 def test_a_gpu_that_is_not_known_gets_the_most_modest_rows():
     assert gpu_family("cuda", 75) == gpu_family("cuda", 130) == "sm_86"
     assert gpu_family("hip", "gfx1100") == "gfx942"
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_a_float32_bias_fits(name, head_dim):
+    """Its tiles take twice the shared memory, beside 16-bit queries and keys."""
+    case = Case(304, 304, head_dim, bias="bhqk", bias_dtype=torch.float32, dtype=torch.bfloat16)
+    for launch in launches(case, TARGETS[name]):
+        assert compile_for(launch, TARGETS[name]).shared_memory <= 232_448, launch

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared
+from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared, reinterpret
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,
@@ -392,7 +392,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
             for part in gl.static_range(PARTS):
                 dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
                 k = tile_of(channels.k.tiles, channels.k, 0, part)
-                k = k._reinterpret(k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
+                k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
                 dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
             dq = warpgroup_mma_wait(0, deps=[dq])
             if piece == 0:

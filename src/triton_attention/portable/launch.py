@@ -251,7 +251,9 @@ class _Planner:
         )
         tile = tile_for(kernel, self.settings.family, self.access, spec)
         if tile.TMA and self.bias is not None and all(self.varies) and has_aligned_rows(self.bias):
-            tile = replace(tile, TMA_BIAS=self.packing is None)  # a descriptor would read beyond a sequence's part
+            # A descriptor would read beyond a packed sequence's part. Tiles of float32 take twice the shared memory.
+            stages = tile.num_stages if self.bias.element_size() < 4 else min(tile.num_stages, 2)
+            tile = replace(tile, TMA_BIAS=self.packing is None, num_stages=stages)
         return spec, tile
 
     def launch(
