@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from triton_attention import attention, ops
 from triton_attention.hopper import launch
 from triton_attention.hopper.bias import BiasTensor
 from triton_attention.problem import Mask
@@ -104,3 +105,70 @@ def test_what_is_remembered_keeps_no_tensor_alive(variant):
     del call, calls, results
     gc.collect()
     assert all(reference.expired() for reference in references)
+
+
+def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False):
+    """What the launcher makes of a call whose results are zeros."""
+    out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    return launch.backward(torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias)
+
+
+def test_the_backward_leaves_what_its_kernels_do_not_take(variant):
+    q, k, v, _ = tensors(64, None)
+    assert backward(q, k, v, None) is not None
+    assert backward(*tensors(136, None)) is None  # too many registers
+    assert backward(q, k, torch.randn(2, 300, 3, 256).bfloat16(), None) is None
+    wide = torch.zeros(2, 300, 3, 65, dtype=torch.bfloat16)
+    assert backward(q, wide[..., 1:], v, None) is None  # rows that are not aligned
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert backward(q, k, v, None) is None
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert backward(q, k, v, None) is not None
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 3, 300, 300), (1, 3, 300, 300), (2, 1, 1, 300), (1, 3, 300, 1), (1, 1, 1, 1)])
+def test_the_gradient_of_a_bias_has_its_shape_and_dtype(variant, shape, dtype):
+    q, k, v, _ = tensors(64, None)
+    if shape[3] == 300:  # rows of 16 bytes
+        k, v, shape = k[:, :296], v[:, :296], (*shape[:3], 296)
+    bias = torch.randn(shape).to(dtype)
+    *others, dbias = backward(q, k, v, bias, needs_dbias=True)
+    assert [x.shape for x in others] == [x.shape for x in (q, k, v)]
+    assert (dbias.shape, dbias.dtype, dbias.is_contiguous()) == (bias.shape, dtype, True)
+    assert backward(q, k, v, bias)[3] is None
+
+
+def test_the_gradient_of_a_bias_of_queries_is_that_of_their_log_sum_exp(variant):
+    q, k, v, _ = tensors(64, None)
+    bias, dlse = torch.randn(1, 3, 300, 1), torch.randn(2, 3, 300)
+    *_, dbias = backward(q, k, v, bias, dlse=dlse, needs_dbias=True)
+    torch.testing.assert_close(dbias, dlse.sum(0)[None, ..., None])
+    exact_bias = bias.double().requires_grad_()
+    _, lse = attention(*(x.double() for x in (q, k, v)), bias=exact_bias, return_lse=True, backend="reference")
+    (exact,) = torch.autograd.grad(lse, exact_bias, dlse.double())
+    torch.testing.assert_close(dbias.double(), exact)
+
+
+def test_the_operator_gives_what_hopper_leaves_to_portable(monkeypatch):
+    q = torch.randn(1, 8, 2, 16, dtype=torch.float16)
+    lse = torch.zeros(1, 2, 8)
+    asked = []
+
+    class Launcher:
+        def __init__(self, name, result):
+            self.name, self.result = name, result
+
+        def backward(self, *arguments):
+            asked.append((self.name, len(arguments)))
+            return self.result
+
+    launchers = {"hopper": Launcher("hopper", None), "portable": Launcher("portable", (q, q, q, None, None))}
+    monkeypatch.setattr(ops, "_launcher", launchers.get)
+    nothing = [None] * 8  # no bias, slopes, sink, boundaries, seed or longest lengths
+    call = (q, q, q, *nothing, 0.25, 0.0, 0.0, None, None, False, "hopper")
+    torch.ops.triton_attention.attention_bwd(q.clone(), None, q.clone(), lse, False, *call)
+    assert asked == [("hopper", 11), ("portable", 12)]

@@ -67,122 +67,150 @@ def plan_backward(
     dout = dout if has_aligned_rows(dout) else dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
-    kind = _kind_of(bias, batch, heads, q.dtype) if needs_dbias and bias is not None else "none"
-    operand, query_bias, bias_spec = ABSENT, ABSENT, ("none", False)
-    bias_size = 0
-    whole = None  # the bias with all its axes
-    if bias is not None:
-        rows_vary, columns_vary = bias.shape[2] > 1, bias.shape[3] > 1
-        is_mask = bias.dtype == torch.bool
-        bias_size = bias.element_size()
-        addend = bias.view(torch.uint8) if is_mask else bias
-        whole = addend.expand(batch, heads, seqlen_q, seqlen_k)
-        if columns_vary:
-            bias_spec = ("mask" if is_mask else "added", rows_vary)
-        elif not is_mask:  # a mask of queries shows in their lse
-            query_bias = bias_tensor(whole)
+    addend = _Addend.of(bias, (batch, heads, seqlen_q, seqlen_k))
+    kind = _kind_of_dbias(bias, q) if needs_dbias and bias is not None else "none"
     spec = BackwardSpec(
-        block_d, block_dv, mask.left is not None, mask.right is not None, *bias_spec,
+        block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
         kind if kind in ("keys", "tile") else "none",
     )  # fmt: skip
-    tile = backward_tile_for(spec, bias_size)
-    if whole is not None and bias_spec != ("none", False):
-        operand = descriptor(whole, tile.BLOCK_M, _ROWS) if spec.BIAS_ROWS else bias_tensor(whole)
-
-    columns = min(block_d, 64)
-    rows_spec = RowsSpec(head_dim, head_dim_v, block_d, block_dv)
-    rows_tile = RowsTile(tile.BLOCK_M, columns)
-    blocks_m = ceil_div(seqlen_q, tile.BLOCK_M)
-    padded = blocks_m * tile.BLOCK_M
-    rows = q.new_empty(batch, heads, 2, padded, dtype=torch.float32)
-    sums = q.new_empty(1, 1, batch * heads * padded * block_d // _PANEL, _PANEL, dtype=torch.float32)
-    group = heads // heads_kv
-    section = max(1, _SECTION_BYTES // (8 * padded * block_d * group)) if mask.right is not None else 1
+    tile = backward_tile_for(spec, addend.size)
+    block_m, columns = tile.BLOCK_M, min(block_d, 64)
+    blocks_m, group = ceil_div(seqlen_q, block_m), heads // heads_kv
+    rows = q.new_empty(batch, heads, 2, blocks_m * block_m, dtype=torch.float32)
+    sums = q.new_empty(1, 1, batch * heads * blocks_m * block_m * block_d // _PANEL, _PANEL, dtype=torch.float32)
+    section = max(1, _SECTION_BYTES // (8 * blocks_m * block_m * block_d * group)) if mask.right is not None else 1
     numbers = BackwardCall(
         seqlen_q, seqlen_k, heads, group, batch, min(section, batch * heads_kv), *mask.bounds(seqlen_q, seqlen_k),
         softmax_scale, softmax_scale * _LOG2_E,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES)
+    dbias, dbias_argument = _new_dbias(kind, bias, dlse, lse, mask, block_m)
 
-    dbias, dbias_argument = None, ABSENT
-    if bias is not None and kind == "keys":
-        dbias = bias.new_empty(batch, heads, 1, seqlen_k, dtype=torch.float32)
-        dbias_argument = flat(dbias)
-    elif bias is not None and kind == "tile":
-        dbias = _with_aligned_rows_like(bias, any(side is not None for side in mask[:2]))
-        dbias_argument = descriptor(dbias, tile.BLOCK_M, _ROWS)
-    elif bias is not None and kind == "queries":
-        # dS sums up to rowsum(P dP) - delta, which is dlse, over the keys; to nothing where no key is visible.
-        dlse_rows = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -math.inf, 0.0)
-        dbias = dlse_rows[..., None]
-
-    dlse_argument = ABSENT if dlse is None else flat(dlse.contiguous())
     row_programs = blocks_m * heads * batch
-    arguments: tuple[Argument, ...]
-    arguments = (_strided(out), _strided(dout), flat(lse), dlse_argument, query_bias, flat(rows), flat(sums), call)
-    launches = [Launch(attention_bwd_rows, row_programs, arguments, rows_spec, rows_tile)]
-    arguments = (
-        row_descriptors(q, tile.BLOCK_M, block_d, 0)[0],
-        row_descriptors(k, _ROWS, block_d, 0)[0],
-        row_descriptors(v, _ROWS, block_dv, 0)[0],
-        row_descriptors(dout, tile.BLOCK_M, block_dv, 0)[0],
-        descriptor(rows, 1, tile.BLOCK_M),
-        operand,
-        descriptor(sums, tile.BLOCK_M * columns // _PANEL, _PANEL),
-        row_descriptors(dk, _ROWS, block_d, 0)[0],
-        row_descriptors(dv, _ROWS, block_dv, 0)[0],
+    variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv), RowsTile(block_m, columns))
+    dlse_argument = ABSENT if dlse is None else flat(dlse.contiguous())
+    results = (_strided(out), _strided(dout), flat(lse), dlse_argument, addend.of_queries())
+    operands = (
+        _rows_of(q, block_m, block_d),
+        _rows_of(k, _ROWS, block_d),
+        _rows_of(v, _ROWS, block_dv),
+        _rows_of(dout, block_m, block_dv),
+        descriptor(rows, 1, block_m),
+        addend.of_keys(block_m),
+        descriptor(sums, block_m * columns // _PANEL, _PANEL),
+        _rows_of(dk, _ROWS, block_d),
+        _rows_of(dv, _ROWS, block_dv),
         dbias_argument,
         call,
     )
     key_programs = ceil_div(seqlen_k, _ROWS * tile.CONSUMERS) * heads_kv * batch
-    launches.append(Launch(attention_bwd, key_programs, arguments, spec, tile))
-    launches.append(Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq), call), rows_spec, rows_tile))
-
+    launches = [
+        Launch(attention_bwd_rows, row_programs, (*results, flat(rows), flat(sums), call), *variant),
+        Launch(attention_bwd, key_programs, operands, spec, tile),
+        Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq), call), *variant),
+    ]
     if bias is not None and kind == "shared":
-        matrices = bias.shape[0] * bias.shape[1]
-        tiles = ceil_div(seqlen_q, _TILE_M) * ceil_div(seqlen_k, _TILE_N) * matrices
-        sharers = batch * heads // matrices
-        splits = min(sharers, max(1, num_sms // tiles))
-        dtype = bias.dtype if splits == 1 else torch.float32
-        dbias = bias.new_empty(splits, *bias.shape, dtype=dtype)
-        sharing = Sharing(bias.shape[1], batch // bias.shape[0], heads // bias.shape[1], splits)
-        width = min(64, max(block_d, block_dv))
-        arguments = (
-            row_descriptors(q, _ROWS, width, 0)[0],
-            row_descriptors(k, _TILE_N, width, 0)[0],
-            row_descriptors(v, _TILE_N, width, 0)[0],
-            row_descriptors(dout, _ROWS, width, 0)[0],
-            descriptor(bias.expand(batch, heads, seqlen_q, seqlen_k), _ROWS, _TILE_N),
-            flat(rows),
-            flat(dbias),
-            Argument(sharing, Sharing("i32", "i32", "i32", "i32")),
-            call,
-        )
-        shared_tile = bias_gradient_tile(max(block_d, block_dv), bias_size, tile.BLOCK_M)
-        launches.append(Launch(attention_bwd_dbias, min(num_sms, tiles * splits), arguments, spec, shared_tile))
-        dbias = dbias[0] if splits == 1 else dbias
+        dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, block_m, num_sms)
+        launches.append(launch)
     return BackwardPlan(dq, dk, dv, dbias, bias, launches)
 
 
-def _kind_of(bias: Tensor, batch: int, heads: int, dtype: torch.dtype) -> str:
+class _Addend(NamedTuple):
+    """A bias or mask as the kernels read it."""
+
+    kind: str  # "added" or "mask" if it varies along the keys, else "none"
+    varies_along_queries: bool  # as well
+    size: int  # bytes of a number
+    tensor: Tensor | None  # (batch, heads_q, seqlen_q, seqlen_k)
+
+    @classmethod
+    def of(cls, bias: Tensor | None, sizes: tuple[int, int, int, int]) -> _Addend:
+        if bias is None:
+            return cls("none", False, 0, None)
+        is_mask = bias.dtype == torch.bool
+        tensor = (bias.view(torch.uint8) if is_mask else bias).expand(sizes)
+        if bias.shape[3] > 1:
+            return cls("mask" if is_mask else "added", bias.shape[2] > 1, bias.element_size(), tensor)
+        return cls("none", False, bias.element_size(), None if is_mask else tensor)  # such a mask shows in lse
+
+    def of_queries(self) -> Argument:
+        """A bias that does not vary along the keys: it is taken from lse."""
+        return bias_tensor(self.tensor) if self.tensor is not None and self.kind == "none" else ABSENT
+
+    def of_keys(self, block_m: int) -> Argument:
+        """One that does: tiles, or one number a key."""
+        if self.tensor is None or self.kind == "none":
+            return ABSENT
+        return descriptor(self.tensor, block_m, _ROWS) if self.varies_along_queries else bias_tensor(self.tensor)
+
+
+def _new_dbias(
+    kind: str, bias: Tensor | None, dlse: Tensor | None, lse: Tensor, mask: Mask, block_m: int
+) -> tuple[Tensor | None, Argument]:
+    """The gradient of a bias as far as it comes with dk and dv, and what the kernel writes of it."""
+    if bias is not None and kind == "queries":
+        # Over the keys dS sums up to rowsum(P dP) - delta, which is dlse, and to nothing where no key is visible.
+        sums = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -math.inf, 0.0)
+        return sums[..., None], ABSENT
+    if bias is not None and kind == "keys":
+        dbias = bias.new_empty(*lse.shape[:2], 1, bias.shape[3], dtype=torch.float32)
+        return dbias, flat(dbias)
+    if bias is not None and kind == "tile":
+        new = bias.new_empty if mask[:2] == (None, None) else bias.new_zeros  # tiles outside a band are not visited
+        multiple = 16 // bias.element_size()
+        whole_rows = new(*bias.shape[:3], ceil_div(bias.shape[3], multiple) * multiple)  # descriptors want such
+        dbias = whole_rows[..., : bias.shape[3]]
+        return dbias, descriptor(dbias, block_m, _ROWS)
+    return None, ABSENT
+
+
+def _plan_shared_dbias(
+    operands: tuple[Tensor, Tensor, Tensor, Tensor], bias: Tensor, rows: Tensor, call: Argument, spec: BackwardSpec,
+    block_m: int, num_sms: int,
+) -> tuple[Tensor, Launch]:  # fmt: skip
+    """The gradient of a bias that batch entries or heads share, perhaps in parts that are still to be added."""
+    q, k, v, dout = operands
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k = k.shape[1]
+    matrices = bias.shape[0] * bias.shape[1]
+    tiles = ceil_div(seqlen_q, _TILE_M) * ceil_div(seqlen_k, _TILE_N) * matrices
+    splits = min(batch * heads // matrices, max(1, num_sms // tiles))
+    dbias = bias.new_empty(splits, *bias.shape, dtype=bias.dtype if splits == 1 else torch.float32)
+    sharing = Sharing(bias.shape[1], batch // bias.shape[0], heads // bias.shape[1], splits)
+    head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
+    columns = min(64, head_dim)
+    arguments = (
+        _rows_of(q, _ROWS, columns),
+        _rows_of(k, _TILE_N, columns),
+        _rows_of(v, _TILE_N, columns),
+        _rows_of(dout, _ROWS, columns),
+        descriptor(bias.expand(batch, heads, seqlen_q, seqlen_k), _ROWS, _TILE_N),
+        flat(rows),
+        flat(dbias),
+        Argument(sharing, Sharing("i32", "i32", "i32", "i32")),
+        call,
+    )
+    tile = bias_gradient_tile(head_dim, bias.element_size(), block_m)
+    launch = Launch(attention_bwd_dbias, min(num_sms, tiles * splits), arguments, spec, tile)
+    return dbias[0] if splits == 1 else dbias, launch
+
+
+def _rows_of(tensor: Tensor, rows: int, columns: int) -> Argument:
+    """Tiles of a (batch, seqlen, heads, head_dim) tensor."""
+    return row_descriptors(tensor, rows, columns, 0)[0]
+
+
+def _kind_of_dbias(bias: Tensor, q: Tensor) -> str:
     """How the gradient of a bias is made; see the kernels."""
     if bias.shape[3] == 1:
         return "queries"
     if bias.shape[2] == 1:
         return "keys"
-    return "tile" if bias.shape[:2] == (batch, heads) and bias.dtype == dtype else "shared"
+    return "tile" if bias.shape[:2] == (q.shape[0], q.shape[2]) and bias.dtype == q.dtype else "shared"
 
 
 def _padded(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
-
-
-def _with_aligned_rows_like(bias: Tensor, banded: bool) -> Tensor:
-    """A new tensor of the bias's shape that descriptors can write; zeros if tiles outside a band are not visited."""
-    *outer, seqlen_k = bias.shape
-    multiple = 16 // bias.element_size()
-    new = bias.new_zeros if banded else bias.new_empty
-    return new(*outer, ceil_div(seqlen_k, multiple) * multiple)[..., :seqlen_k]
 
 
 def _strided(tensor: Tensor) -> Argument:
