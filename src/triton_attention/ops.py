@@ -120,11 +120,11 @@ def _backward(
     call = _Call(*arguments)
     q, k, v, bias = call[:4]
     plain = (dout, dlse, q, k, v, bias, out, lse, call.mask, call.softmax_scale, needs_dbias)
-    backend, result = call.backend, None
-    if backend not in _RUN_EXTRAS:
-        result = _launcher(backend).backward(*plain)
-        backend = _STAND_IN[backend]
-    dq, dk, dv, dbias, dsink = _launcher(backend).backward(*plain, call.extras) if result is None else (*result, None)
+    backend, dsink = call.backend, None
+    result = None if backend in _RUN_EXTRAS else _launcher(backend).backward(*plain)
+    if result is None:
+        *result, dsink = _launcher(_STAND_IN.get(backend, backend)).backward(*plain, call.extras)
+    dq, dk, dv, dbias = result
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
 
 
