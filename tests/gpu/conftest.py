@@ -1,4 +1,7 @@
-"""What does the GPU suite start from, and what does it leave? Poisoned memory, and tests/gpu_report.json."""
+"""What does the GPU suite start from, and what does it leave? Poisoned memory, and tests/gpu_report.json.
+
+The report is written with every failure and every few seconds, so that a run that is cut short leaves what it knows.
+"""
 
 import json
 import os
@@ -16,6 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parent / "gpu_report.json"
+SECONDS_BETWEEN_REPORTS = 5
 
 
 def pytest_addoption(parser):
@@ -40,11 +44,11 @@ def _poisoned_memory():
 
 
 class Report:
-    """Counts outcomes, and writes them when the session ends."""
+    """Counts outcomes, and writes them."""
 
     def __init__(self, commit):
         self.commit = commit
-        self.started = time.time()
+        self.started = self.written = time.time()
         self.outcomes = {"passed": 0, "failed": 0, "skipped": 0}
         self.failures, self.skips = [], {}
 
@@ -53,16 +57,25 @@ class Report:
             return
         self.outcomes[report.outcome] += 1
         if report.failed:
-            self.failures.append(report.nodeid)
+            words = report.longreprtext.splitlines()
+            reason = next((line[1:].strip() for line in words if line.startswith("E ")), words[-1] if words else "")
+            self.failures.append(f"{report.nodeid}: {reason[:200]}")
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self.skips[reason] = self.skips.get(reason, 0) + 1
+        if report.failed or time.time() - self.written > SECONDS_BETWEEN_REPORTS:
+            self.write(finished=False)
 
     def pytest_sessionfinish(self):
+        self.write(finished=True)
+
+    def write(self, finished):
         if not torch.cuda.is_available():
             return
+        self.written = time.time()
         report = {
             "commit": self.commit,
+            "finished": finished,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "device": torch.cuda.get_device_name(),
             "triton_attention": triton_attention.__version__,
