@@ -9,6 +9,7 @@ is not there, and a launch skips the JIT's binder.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any, NamedTuple
 
 import triton
@@ -46,6 +47,9 @@ def jit_plain(function: Any) -> Any:
 
 
 _variants: dict[Any, CompiledKernel] = {}
+_one_compilation = (
+    Lock()
+)  # at a time: where threads interleave, CPython 3.11's parser fails (AST recursion depth mismatch)
 
 
 def run(launch: Launch) -> None:
@@ -82,7 +86,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
     signature = dict(zip(kernel.arg_names, (*_without_hints(types), "constexpr", "constexpr"), strict=True))
     source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     options = {name: getattr(tile, name) for name in ("num_warps", "num_stages", "maxnreg") if hasattr(tile, name)}
-    return triton.compile(source(kernel, signature, constants, hints), target=target, options=options)
+    with _one_compilation:
+        return triton.compile(source(kernel, signature, constants, hints), target=target, options=options)
 
 
 def _leaves(types: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str | None]]:
