@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from triton_attention import attention, ops
 from triton_attention.hopper import launch
 from triton_attention.hopper.bias import BiasTensor
+from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.problem import Mask
 
 CAUSAL = Mask(None, 0)
@@ -140,6 +141,18 @@ def test_the_gradient_of_a_bias_has_its_shape_and_dtype(variant, shape, dtype):
     assert [x.shape for x in others] == [x.shape for x in (q, k, v)]
     assert (dbias.shape, dbias.dtype, dbias.is_contiguous()) == (bias.shape, dtype, True)
     assert backward(q, k, v, bias)[3] is None
+
+
+@pytest.mark.parametrize("step", [2, 0], ids=["every other", "one number"])
+def test_a_bias_of_keys_that_do_not_lie_side_by_side_is_read_from_a_copy(step):
+    q, k, v, _ = tensors(64, None)
+    bias = torch.randn(2, 3, 1, 600).as_strided((2, 3, 1, 300), (1800, 600, 600, step))
+    out, lse = torch.zeros_like(q), torch.zeros(2, 3, 300)
+    plan = plan_backward(out, None, q, k, v, bias, out, lse, CAUSAL, 0.1, False, SMS)
+    (read,) = (argument.value for argument in plan.launches[1].arguments if isinstance(argument.value, BiasTensor))
+    assert torch.equal(read.ptr, bias.expand(2, 3, 300, 300))
+    assert read.ptr.stride(3) == 1
+    assert (read.batch, read.head) == read.ptr.stride()[:2]
 
 
 def test_the_gradient_of_a_bias_of_queries_is_that_of_their_log_sum_exp(variant):

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_attention.arguments import ABSENT, Argument, ceil_div, flat, has_aligned_rows, pointer_type
+from triton_attention.arguments import (
+    ABSENT,
+    Argument,
+    ceil_div,
+    flat,
+    has_aligned_rows,
+    pointer_type,
+    with_unit_last_stride,
+)
 from triton_attention.hopper.backward import BackwardCall, attention_bwd
 from triton_attention.hopper.bias_gradient import BLOCK_M, BLOCK_N, Sharing, attention_bwd_dbias
 from triton_attention.hopper.configs import (
@@ -128,6 +136,8 @@ class _Addend(NamedTuple):
         if bias is None:
             return cls("none", False, 0, None)
         is_mask = bias.dtype == torch.bool
+        if bias.shape[3] > 1:  # numbers of neighbouring keys are read as neighbours
+            bias = with_unit_last_stride(bias)
         tensor = (bias.view(torch.uint8) if is_mask else bias).expand(sizes)
         if bias.shape[3] > 1:
             return cls("mask" if is_mask else "added", bias.shape[2] > 1, bias.element_size(), tensor)
