@@ -28,6 +28,7 @@ from triton_attention._compat import add_to_global, copy_to_global, copy_to_shar
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,
+    new_barriers,
     new_channel,
     new_tiles,
     release,
@@ -35,6 +36,7 @@ from triton_attention.hopper.channel import (
     tile_of,
     wait_empty,
     wait_full,
+    whole_tile,
 )
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
@@ -44,7 +46,7 @@ from triton_attention.hopper.layouts import (
     rows_layout,
 )
 from triton_attention.hopper.rows import PANEL
-from triton_attention.hopper.schedule import visible_range
+from triton_attention.hopper.schedule import place_in_section, visible_range
 from triton_attention.hopper.softmax import INFINITY, LOG2_E, allowed, opaque_zero
 
 
@@ -117,11 +119,7 @@ def block_of_program(call, SPEC: gl.constexpr, TILE: gl.constexpr):
     heads_kv = call.heads_q // call.group
     matrices = heads_kv * call.batch
     num_blocks = gl.cdiv(call.seqlen_k, BLOCK_N)
-    section = gl.program_id(0) // (num_blocks * call.section)
-    within = gl.program_id(0) - section * num_blocks * call.section
-    width = gl.minimum(call.section, matrices - section * call.section)
-    block = within // width
-    matrix = section * call.section + within - block * width
+    block, matrix = place_in_section(gl.program_id(0), num_blocks, matrices, call.section)
     batch = matrix // heads_kv
     start_n = block * BLOCK_N
     begin, full_begin, full_end, end = visible_range(
@@ -386,7 +384,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
         if SPEC.DBIAS == "tile":
             for part in gl.static_range(PARTS):
                 place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
-                copy_to_global(gradients.dbias, place, whole_tile(channels.dscores, step, part))
+                copy_to_global(gradients.dbias, place, whole_tile(channels.dscores.tiles, channels.dscores, step, part))
         for piece in range(PIECES):
             dq = zero
             for part in gl.static_range(PARTS):
@@ -411,23 +409,11 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
 
 
 @gluon.jit
-def whole_tile(channel, step, PART: gl.constexpr):
-    """A tile with its axes of size 1, as copies want it."""
-    SLOTS: gl.constexpr = channel.full.shape[0]
-    PARTS: gl.constexpr = channel.tiles.shape[0] // SLOTS
-    return channel.tiles.index(step % SLOTS * PARTS + PART)
-
-
-@gluon.jit
 def new_exchange(dtype, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr):
     """The channel of dS: each consumer fills its part of a slot, and arrives itself."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_M, WARPGROUP_ROWS], dtype)
     tiles = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, 1, 1, BLOCK_M, WARPGROUP_ROWS], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=PARTS)
-        mbarrier.init(empty.index(i), count=1)
+    full, empty = new_barriers(SLOTS, PARTS, 1)
     return Channel(tiles, 0, full, empty)
 
 

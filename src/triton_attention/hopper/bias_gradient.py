@@ -23,6 +23,7 @@ from triton_attention._compat import copy_to_shared
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,
+    new_barriers,
     new_channel,
     new_tiles,
     release,
@@ -36,7 +37,7 @@ from triton_attention.hopper.schedule import visible_range
 from triton_attention.hopper.softmax import LOG2_E, allowed, opaque_zero
 
 CONSUMERS = gl.constexpr(2)
-BLOCK_M = gl.constexpr(2 * 64)
+BLOCK_M = gl.constexpr(2 * 64)  # 64 a consumer
 BLOCK_N = gl.constexpr(128)
 
 
@@ -128,8 +129,9 @@ def sharer(tile, i, sharing):
 def produce(streams, operands, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     STAGES: gl.constexpr = TILE.STAGES
     COLUMNS: gl.constexpr = operands.q.block_type.shape[3]
+    PARTS: gl.constexpr = CONSUMERS
     BYTES: gl.constexpr = (
-        2 * bytes_of(operands.q) + bytes_of(operands.k) + bytes_of(operands.v) + 2 * bytes_of(operands.dout)
+        PARTS * (bytes_of(operands.q) + bytes_of(operands.dout)) + bytes_of(operands.k) + bytes_of(operands.v)
     )
     tiles = 0
     step = 0
@@ -146,7 +148,7 @@ def produce(streams, operands, sharing, call, SPEC: gl.constexpr, TILE: gl.const
                 full = streams.ready.full.index(slot)
                 mbarrier.expect(full, BYTES)
                 column = chunk * COLUMNS
-                for part in gl.static_range(2):
+                for part in gl.static_range(PARTS):
                     place = [batch, head, tile.start_m + part * WARPGROUP_ROWS, column]
                     copy_to_shared(operands.q, place, full, streams.q.index(slot * CONSUMERS + part))
                     copy_to_shared(operands.dout, place, full, streams.dout.index(slot * CONSUMERS + part))
@@ -237,18 +239,14 @@ def attention_bwd_dbias(q, k, v, dout, bias, rows, dbias, sharing, call, SPEC: g
     """
     STAGES: gl.constexpr = TILE.STAGES
     operands = Operands(q, k, v, dout, bias, rows)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    full, empty = new_barriers(STAGES, 1, CONSUMERS)
     streams = Streams(
-        new_tiles(q, STAGES * 2),
+        new_tiles(q, STAGES * CONSUMERS),
         new_tiles(k, STAGES),
         new_tiles(v, STAGES),
-        new_tiles(dout, STAGES * 2),
+        new_tiles(dout, STAGES * CONSUMERS),
         Channel(0, 0, full, empty),
-        new_channel(bias, None, 1, 2, 2),
+        new_channel(bias, None, 1, CONSUMERS, CONSUMERS),
     )
     fence_async_shared()
     C0: gl.constexpr = 0
@@ -260,5 +258,5 @@ def attention_bwd_dbias(q, k, v, dout, bias, rows, dbias, sharing, call, SPEC: g
             (produce, (streams, operands, sharing, call, SPEC, TILE)),
         ],
         [4, 1],
-        [240, PRODUCER_REGISTERS],
+        [TILE.REGISTERS, PRODUCER_REGISTERS],
     )

@@ -37,13 +37,20 @@ def new_tiles(descriptor, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def new_channel(descriptor, tail, SLOTS: gl.constexpr, PARTS: gl.constexpr, READERS: gl.constexpr):
-    """A channel for tiles of a descriptor and, where it is not None, of one of the tail of their columns."""
+def new_barriers(SLOTS: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
+    """(full, empty): how many arrive on each barrier of a slot; a copy that completes on it is one writer."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=WRITERS)
         mbarrier.init(empty.index(i), count=READERS)
+    return full, empty
+
+
+@gluon.jit
+def new_channel(descriptor, tail, SLOTS: gl.constexpr, PARTS: gl.constexpr, READERS: gl.constexpr):
+    """A channel for tiles of a descriptor and, where it is not None, of one of the tail of their columns."""
+    full, empty = new_barriers(SLOTS, 1, READERS)
     return Channel(new_tiles(descriptor, SLOTS * PARTS), new_tiles(tail, SLOTS * PARTS), full, empty)
 
 
@@ -88,12 +95,18 @@ def wait_full(channel, step, pred=True):
 
 
 @gluon.jit
-def tile_of(tiles, channel, step, PART: gl.constexpr):
-    """Consumer: a tile that has arrived, (rows, columns); `tiles` is channel.tiles or channel.tails."""
+def whole_tile(tiles, channel, step, PART: gl.constexpr):
+    """A tile of a step with its axes of size 1, as copies want it; `tiles` is channel.tiles or channel.tails."""
     SLOTS: gl.constexpr = channel.full.shape[0]
     PARTS: gl.constexpr = tiles.shape[0] // SLOTS
+    return tiles.index(step % SLOTS * PARTS + PART)
+
+
+@gluon.jit
+def tile_of(tiles, channel, step, PART: gl.constexpr):
+    """Consumer: the same as a matrix, (rows, columns)."""
     SHAPE: gl.constexpr = tiles.shape
-    return tiles.index(step % SLOTS * PARTS + PART).reshape([SHAPE[3], SHAPE[4]])
+    return whole_tile(tiles, channel, step, PART).reshape([SHAPE[3], SHAPE[4]])
 
 
 @gluon.jit

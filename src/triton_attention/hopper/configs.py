@@ -177,7 +177,8 @@ class BiasGradientTile:
     STAGES: int  # in shared memory, of 64 columns of q, k, v and dout
     CHUNKS: int  # of 64 columns a head dimension
     ROW_PADDING: int  # the numbers of the queries are padded to a multiple of this
-    maxnreg: int = 168
+    REGISTERS: int = _REGISTERS[2][0]
+    maxnreg: int = _REGISTERS[2][1]
     num_warps: int = 4
 
 

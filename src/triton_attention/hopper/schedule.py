@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_attention import blocks
-from triton_attention.hopper.channel import Channel
+from triton_attention.hopper.channel import Channel, new_barriers
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 
 visible_range = gluon.jit(blocks.visible_range)
@@ -85,6 +85,16 @@ def next_tile(tile, end, counter, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
+def place_in_section(tile, num_blocks, matrices, section_size):
+    """(block, matrix) of a tile: by sections of `section_size` matrices, within one by block, and then by matrix."""
+    section = tile // (num_blocks * section_size)
+    within = tile - section * num_blocks * section_size
+    width = gl.minimum(section_size, matrices - section * section_size)
+    block = within // width
+    return block, section * section_size + within - block * width
+
+
+@gluon.jit
 def place(tile, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """(first query, head, batch) of a tile.
 
@@ -94,11 +104,7 @@ def place(tile, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     BLOCK_M: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     matrices = call.heads_q * call.batch
     num_blocks = gl.cdiv(call.seqlen_q, BLOCK_M)
-    section = tile // (num_blocks * call.section)
-    within = tile - section * num_blocks * call.section
-    width = gl.minimum(call.section, matrices - section * call.section)
-    block = within // width
-    matrix = section * call.section + within - block * width
+    block, matrix = place_in_section(tile, num_blocks, matrices, call.section)
     if SPEC.HAS_UPPER:
         block = num_blocks - 1 - block
     if SPEC.BIAS_SHARED:
@@ -114,11 +120,7 @@ def place(tile, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 def new_ticker(TILE: gl.constexpr):
     """Brings each consumer the fields of its `Work`: (slots * consumers, fields)."""
     tiles = gl.allocate_shared_memory(gl.int32, [2 * TILE.CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=TILE.CONSUMERS)
+    full, empty = new_barriers(2, 1, TILE.CONSUMERS)
     return Channel(tiles, 0, full, empty)
 
 
