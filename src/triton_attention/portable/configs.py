@@ -210,3 +210,12 @@ def tile_for(kernel: str, family: str, access: str, spec: Spec) -> Tile:
         if head_dim <= row.head_dim and all(w in (None, a) for w, a in zip(wanted, asked, strict=True)):
             return row.tile
     raise LookupError(f"no tile for {kernel} on {family} by {access}: {spec}")
+
+
+def with_matrix_bias(tile: Tile, bias_size: int, described: bool) -> Tile:
+    """The tile beside a bias that varies along queries and keys, of so many bytes a number, by a descriptor or not.
+
+    The stages of the tables leave room for tiles of 16-bit numbers; where there are three, two hold those of float32.
+    """
+    stages = tile.num_stages if bias_size <= 2 else min(tile.num_stages, 2)
+    return replace(tile, TMA_BIAS=described, num_stages=stages)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ from triton_attention.philox import drop_below
 from triton_attention.portable import backward as bwd
 from triton_attention.portable import forward as fwd
 from triton_attention.portable.bias import BiasTensor
-from triton_attention.portable.configs import GPUS, Spec, Tile, gpu_family, tile_for
+from triton_attention.portable.configs import GPUS, Spec, Tile, gpu_family, tile_for, with_matrix_bias
 from triton_attention.portable.heads import Extras as KernelExtras
 from triton_attention.portable.heads import Slopes
 from triton_attention.portable.schedule import Packing as PackingNumbers
@@ -250,10 +249,10 @@ class _Planner:
             VARLEN=self.packing is not None,
         )
         tile = tile_for(kernel, self.settings.family, self.access, spec)
-        if tile.TMA and self.bias is not None and all(self.varies) and has_aligned_rows(self.bias):
-            # A descriptor would read beyond a packed sequence's part. Tiles of float32 take twice the shared memory.
-            stages = tile.num_stages if self.bias.element_size() < 4 else min(tile.num_stages, 2)
-            tile = replace(tile, TMA_BIAS=self.packing is None, num_stages=stages)
+        if tile.TMA and self.bias is not None and all(self.varies):
+            # A descriptor of the bias would read beyond a packed sequence's part.
+            described = self.packing is None and has_aligned_rows(self.bias)
+            tile = with_matrix_bias(tile, self.bias.element_size(), described)
         return spec, tile
 
     def launch(
