@@ -50,7 +50,8 @@ def load_bias(channel, row_bias, step, kept_step, SPEC: gl.constexpr, TILE: gl.c
             values = tile.load(accumulator_layout(TILE.BLOCK_N))
         else:
             tile = tile_of(channel.tiles, channel, bias_step, 0)
-            values = tile.reshape([TILE.BLOCK_N]).load(columns_layout(TILE.BLOCK_N))[None, :]
+            row = tile.reshape([tile.shape[1]]).slice(0, TILE.BLOCK_N)  # a row of numbers may be longer than the block
+            values = row.load(columns_layout(TILE.BLOCK_N))[None, :]
         if not TILE.BIAS_STAYS:
             release(channel, bias_step)
     else:

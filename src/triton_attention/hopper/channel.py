@@ -26,12 +26,22 @@ class Channel(NamedTuple):
     empty: object  # (SLOTS, 1) barriers: every reader is done with them
 
 
+@gluon.constexpr_function
+def bytes_of(descriptor):
+    """Of one tile."""
+    if descriptor is None:
+        return 0
+    block = descriptor.block_type
+    return math.prod(block.shape) * block.element_ty.primitive_bitwidth // 8
+
+
 @gluon.jit
 def new_tiles(descriptor, COUNT: gl.constexpr):
     if descriptor is None:
         tiles = 0
     else:
         SHAPE: gl.constexpr = [COUNT] + descriptor.block_type.shape
+        gl.static_assert(bytes_of(descriptor) % 128 == 0, "a copy wants its place at a multiple of 128 bytes")
         tiles = gl.allocate_shared_memory(descriptor.dtype, SHAPE, descriptor.layout)
     return tiles
 
@@ -52,15 +62,6 @@ def new_channel(descriptor, tail, SLOTS: gl.constexpr, PARTS: gl.constexpr, READ
     """A channel for tiles of a descriptor and, where it is not None, of one of the tail of their columns."""
     full, empty = new_barriers(SLOTS, 1, READERS)
     return Channel(new_tiles(descriptor, SLOTS * PARTS), new_tiles(tail, SLOTS * PARTS), full, empty)
-
-
-@gluon.constexpr_function
-def bytes_of(descriptor):
-    """Of one tile."""
-    if descriptor is None:
-        return 0
-    block = descriptor.block_type
-    return math.prod(block.shape) * block.element_ty.primitive_bitwidth // 8
 
 
 @gluon.jit

@@ -193,8 +193,10 @@ def plan_forward(
     )  # fmt: skip
     if bias is None:
         bias_argument = ABSENT
-    elif varies[1]:
-        bias_argument = descriptor(bias, _ROWS if varies[0] else 1, tile.BLOCK_N)
+    elif varies == (True, True):
+        bias_argument = descriptor(bias, _ROWS, tile.BLOCK_N)
+    elif varies[1]:  # a copy wants its place in shared memory at a multiple of 128 bytes: no row is shorter
+        bias_argument = descriptor(bias, 1, max(tile.BLOCK_N, 128 // bias.element_size()))
     else:
         bias_argument = bias_tensor(bias)
     programs = min(num_sms, num_tiles)
