@@ -58,8 +58,8 @@ class Report:
         self.outcomes[report.outcome] += 1
         if report.failed:
             words = report.longreprtext.splitlines()
-            reason = next((line[1:].strip() for line in words if line.startswith("E ")), words[-1] if words else "")
-            self.failures.append(f"{report.nodeid}: {reason[:200]}")
+            reason = "; ".join(line[1:].strip() for line in words if line.startswith("E ")) or "".join(words[-1:])
+            self.failures.append(f"{report.nodeid}: {reason[:500]}")
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self.skips[reason] = self.skips.get(reason, 0) + 1
