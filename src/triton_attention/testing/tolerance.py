@@ -103,7 +103,8 @@ def check_against_float64(
             scale = _largest(_root_sum_square(true, inputs.bias.shape))
             true = true.sum_to_size(inputs.bias.shape)
         coarser = max(torch.finfo(tensor.dtype).eps for tensor in (ours[name], inputs.q if name == "dbias" else dout))
-        epsilon = torch.finfo(torch.float32).eps if name == "lse" else coarser
+        # The relative error of the hardware's logarithm is 2^-22 (PTX ISA, lg2.approx), that of float32 2^-23.
+        epsilon = 2 * torch.finfo(torch.float32).eps if name == "lse" else coarser
         if name.startswith("d"):  # the probabilities were made anew from an lse in float32, whose rounding scales them
             epsilon += torch.finfo(torch.float32).eps * _largest(exact["lse"])
         baseline = max(filter(math.isfinite, (_error(result[name], true) for result in plain)), default=math.nan)
