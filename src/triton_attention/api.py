@@ -57,11 +57,11 @@ def attention(
         sink: (heads_q,), a logit per head that joins the softmax's denominator; differentiable.
         dropout_p: rate at which probabilities are dropped, in [0, 1). `torch.manual_seed` reproduces the choice, and
             forward and backward share it.
-        deterministic: allow only backends whose gradients are the same bit for bit in every run. "hopper" adds up that
-            of q in an order that varies; all its other results are the same each time.
+        deterministic: make gradients that are the same bit for bit in every run; so does
+            `torch.use_deterministic_algorithms(True)`. Up to head dim 128 "hopper" else adds up that of q in an order
+            that varies; all its other results, and all of the other backends, are the same each time.
         return_lse: return (out, lse).
-        backend: "auto", or the name of the one that must run this; see `explain`. Above head dim 128, and under
-            `torch.use_deterministic_algorithms(True)`, the backward pass of "hopper" is that of "portable".
+        backend: "auto", or the name of the one that must run this; see `explain`.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim_v) in the dtype of q (under autocast, in its dtype), and with

@@ -23,7 +23,7 @@ _TENSORS = (
 )
 _NUMBERS = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float softmax_scale, float softcap, float dropout_p, int? left, "
-    "int? right, bool top_left, str backend"
+    "int? right, bool top_left, bool deterministic, str backend"
 )
 
 
@@ -47,6 +47,7 @@ class _Call(NamedTuple):
     left: int | None
     right: int | None
     top_left: bool
+    deterministic: bool  # gradients are the same bit for bit in every run
     backend: str
 
     @property
@@ -82,7 +83,7 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
             )
     seed = draw_seed(inputs.q.device) if problem.dropout_p > 0.0 else None
     lengths = (problem.seqlen_q, problem.seqlen_k) if problem.varlen else (None, None)
-    numbers = (problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask)
+    numbers = (problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask, problem.deterministic)
     result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(*inputs, seed, *lengths, *numbers, backend)
     return result
 
@@ -121,11 +122,16 @@ def _backward(
     q, k, v, bias = call[:4]
     plain = (dout, dlse, q, k, v, bias, out, lse, call.mask, call.softmax_scale, needs_dbias)
     backend, dsink = call.backend, None
-    result = None if backend in _RUN_EXTRAS else _launcher(backend).backward(*plain)
+    deterministic = call.deterministic or _must_be_deterministic()
+    result = None if backend in _RUN_EXTRAS else _launcher(backend).backward(*plain, deterministic)
     if result is None:
         *result, dsink = _launcher(_STAND_IN.get(backend, backend)).backward(*plain, call.extras)
     dq, dk, dv, dbias = result
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
+
+
+def _must_be_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _backward_fake(

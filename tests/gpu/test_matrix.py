@@ -13,7 +13,10 @@ RUNS = list(all_runs())
 
 @pytest.mark.parametrize("run", [run for run in RUNS if not run.why_not], ids=str)
 def test_against_float64(run):
-    check = check_against_float64(lambda *call: ops.attention(*call, run.backend), *make_inputs(run.case, "cuda"))
+    def attention(inputs, problem):
+        return ops.attention(inputs, problem._replace(deterministic=run.deterministic), run.backend)
+
+    check = check_against_float64(attention, *make_inputs(run.case, "cuda"))
     assert check.good, f"\n{check}"
 
 
@@ -35,10 +38,12 @@ def is_for_hopper(case):
 
 
 def test_hopper_runs_what_it_is_made_for_and_refuses_the_rest_with_reasons():
-    runs = [run for run in RUNS if run.backend == "hopper"]
-    assert [run.case for run in runs] == ALL
-    assert [run.case for run in runs if not run.why_not] == [case for case in ALL if IS_HOPPER and is_for_hopper(case)]
-    refused = next(run for run in runs if run.why_not)
+    runs = {run.case: run for run in RUNS if run.backend == "hopper"}
+    assert list(runs) == ALL
+    assert [case for case in ALL if not runs[case].why_not] == [
+        case for case in ALL if IS_HOPPER and is_for_hopper(case)
+    ]
+    refused = next(run for run in runs.values() if run.why_not)
     _, problem = make_inputs(refused.case, "cuda")
     with pytest.raises(NotImplementedError) as caught:
         dispatch.select(problem, "hopper")

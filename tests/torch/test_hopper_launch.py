@@ -20,7 +20,7 @@ class Variant:
     """Stands for a compiled kernel: `variant[grid](*values)` keeps the values."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.launches = [], []
 
     def __getitem__(self, grid):
         return lambda *values: self.calls.append(values)
@@ -31,7 +31,7 @@ def variant(monkeypatch):
     variant = Variant()
     monkeypatch.setattr(launch, "_recipes", {})
     monkeypatch.setattr(launch, "_num_sms", lambda device: SMS)
-    monkeypatch.setattr(launch, "run", lambda planned: None)
+    monkeypatch.setattr(launch, "run", variant.launches.append)
     monkeypatch.setattr(launch, "variant", lambda planned: variant)
     return variant
 
@@ -103,31 +103,40 @@ def test_what_is_remembered_keeps_no_tensor_alive(variant):
         results = launch.forward(*call, CAUSAL, 0.1)
         references += [StorageWeakRef(x.untyped_storage()) for x in (*call, *results) if x is not None]
     variant.calls.clear()
+    variant.launches.clear()
     del call, calls, results
     gc.collect()
     assert all(reference.expired() for reference in references)
 
 
-def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False):
+def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, deterministic=False):
     """What the launcher makes of a call whose results are zeros."""
     out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-    return launch.backward(torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias)
+    return launch.backward(torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, deterministic)
 
 
-def test_the_backward_leaves_what_its_kernels_do_not_take(variant):
+def test_the_backward_leaves_rows_that_are_not_aligned(variant):
     q, k, v, _ = tensors(64, None)
     assert backward(q, k, v, None) is not None
-    assert backward(*tensors(136, None)) is None  # too many registers
-    assert backward(q, k, torch.randn(2, 300, 3, 256).bfloat16(), None) is None
     wide = torch.zeros(2, 300, 3, 65, dtype=torch.bfloat16)
-    assert backward(q, wide[..., 1:], v, None) is None  # rows that are not aligned
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert backward(q, k, v, None) is None
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        assert backward(q, k, v, None) is not None
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert backward(q, wide[..., 1:], v, None) is None
+
+
+ADDED = ["attention_bwd_rows", "attention_bwd", "attention_bwd_dq"]
+APART = ["attention_bwd_rows", "attention_bwd", "attention_bwd_queries"]
+WIDE = ["attention_bwd_rows", "attention_bwd_wide", "attention_bwd_queries"]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "deterministic", "kernels"),
+    [
+        (64, False, ADDED), (128, False, ADDED), (64, True, APART), (128, True, APART), (136, False, WIDE),
+        (256, True, WIDE),
+    ],
+)  # fmt: skip
+def test_which_kernels_a_backward_has(variant, head_dim, deterministic, kernels):
+    backward(*tensors(head_dim, None), deterministic=deterministic)
+    assert [planned.kernel.__name__ for planned in variant.launches] == kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -148,7 +157,7 @@ def test_a_bias_of_keys_that_do_not_lie_side_by_side_is_read_from_a_copy(step):
     q, k, v, _ = tensors(64, None)
     bias = torch.randn(2, 3, 1, 600).as_strided((2, 3, 1, 300), (1800, 600, 600, step))
     out, lse = torch.zeros_like(q), torch.zeros(2, 3, 300)
-    plan = plan_backward(out, None, q, k, v, bias, out, lse, CAUSAL, 0.1, False, SMS)
+    plan = plan_backward(out, None, q, k, v, bias, out, lse, CAUSAL, 0.1, False, False, SMS)
     (read,) = (argument.value for argument in plan.launches[1].arguments if isinstance(argument.value, BiasTensor))
     assert torch.equal(read.ptr, bias.expand(2, 3, 300, 300))
     assert read.ptr.stride(3) == 1
@@ -164,6 +173,32 @@ def test_the_gradient_of_a_bias_of_queries_is_that_of_their_log_sum_exp(variant)
     _, lse = attention(*(x.double() for x in (q, k, v)), bias=exact_bias, return_lse=True, backend="reference")
     (exact,) = torch.autograd.grad(lse, exact_bias, dlse.double())
     torch.testing.assert_close(dbias.double(), exact)
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "expected"),
+    [(None, False, False), (None, True, True), ("warn", False, False), ("warn", True, True), ("on", False, True)],
+)
+def test_when_a_backward_is_deterministic(monkeypatch, mode, asked, expected):
+    """Where the call or PyTorch asks for it; a mode that only warns does not."""
+    q = torch.randn(1, 8, 2, 16, dtype=torch.float16)
+    heard = []
+
+    class Launcher:
+        @staticmethod
+        def backward(*arguments):
+            heard.append(arguments[-1])
+            return q, q, q, None
+
+    monkeypatch.setattr(ops, "_launcher", lambda name: Launcher)
+    call = (q, q, q, *[None] * 8, 0.25, 0.0, 0.0, None, None, False, asked, "hopper")
+    if mode is not None:
+        torch.use_deterministic_algorithms(True, warn_only=mode == "warn")
+    try:
+        torch.ops.triton_attention.attention_bwd(q.clone(), None, q.clone(), torch.zeros(1, 2, 8), False, *call)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert heard == [expected]
 
 
 def test_the_operator_gives_what_hopper_leaves_to_portable(monkeypatch):
@@ -182,6 +217,6 @@ def test_the_operator_gives_what_hopper_leaves_to_portable(monkeypatch):
     launchers = {"hopper": Launcher("hopper", None), "portable": Launcher("portable", (q, q, q, None, None))}
     monkeypatch.setattr(ops, "_launcher", launchers.get)
     nothing = [None] * 8  # no bias, slopes, sink, boundaries, seed or longest lengths
-    call = (q, q, q, *nothing, 0.25, 0.0, 0.0, None, None, False, "hopper")
+    call = (q, q, q, *nothing, 0.25, 0.0, 0.0, None, None, False, False, "hopper")
     torch.ops.triton_attention.attention_bwd(q.clone(), None, q.clone(), lse, False, *call)
-    assert asked == [("hopper", 11), ("portable", 12)]
+    assert asked == [("hopper", 12), ("portable", 12)]

@@ -42,7 +42,8 @@ def call_of(inputs, problem):
     """The arguments that both operators take."""
     seed = torch.tensor(7) if problem.dropout_p > 0.0 else None
     lengths = (problem.seqlen_q, problem.seqlen_k) if problem.varlen else (None, None)
-    return *inputs, seed, *lengths, problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask, "portable"
+    numbers = (problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask, problem.deterministic)
+    return *inputs, seed, *lengths, *numbers, "portable"
 
 
 def backward_arguments(case, uses_lse, needs_dbias):

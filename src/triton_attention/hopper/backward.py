@@ -1,4 +1,4 @@
-"""The backward kernel: the gradients of q, k, v and of a bias that nothing shares, in one pass over the queries.
+"""The backward kernel: the gradients of k, v and of a bias that nothing shares, in one pass over the queries; and of q.
 
 With P the probabilities and dP = dO V^T, the gradient of the scores is dS = P (dP - delta), where
 delta = rowsum(dO O) - dLSE. Then dQ = softmax_scale dS K, dK = softmax_scale dS^T Q, dV = P^T dO.
@@ -7,7 +7,8 @@ A program owns a block of keys. Its two or three consumer warpgroups, 64 keys ea
 compute transposed scores, so that P^T and dS^T are operands in registers of the products that make dV and dK. One more
 warpgroup assists: it copies the operands into shared memory, makes dQ of the dS that the consumers leave there, and
 adds it to the sum over all keys in global memory. So three or four streams of matrix products are under way, and wait
-for each other through barriers alone.
+for each other through barriers alone. Where dQ is made apart, in a fixed order (see backward_queries.py), a producer
+warp that copies takes the place of that warpgroup.
 """
 
 from __future__ import annotations
@@ -175,12 +176,11 @@ def load_numbers(tiles, index):
 
 
 @gluon.jit
-def load_key_bias(bias, batch, head, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """(64,) of a bias that does not vary along the queries, in units of log 2; 0 of any other."""
+def load_key_bias(bias, batch, head, keys, call, SPEC: gl.constexpr):
+    """A bias that does not vary along the queries, of some keys, in units of log 2; 0 of any other."""
     if SPEC.BIAS == "none" or SPEC.BIAS_ROWS:
         values = 0.0
     else:
-        keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_M))
         values = gl.load(bias.ptr + batch * bias.batch + head * bias.head + keys, mask=keys < call.seqlen_k, other=0)
         if SPEC.BIAS == "mask":
             values = gl.where(values != 0, 0.0, -INFINITY)
@@ -275,6 +275,21 @@ def multiply_narrow(weights, factors):
 
 
 @gluon.jit
+def multiply_values(channels, v, dout, zero, step, slot):
+    """Issue dP - delta of a block, transposed: the product V dO^T is added to -delta."""
+    wait_full(channels.dout, step)
+    dweights, _ = gl.broadcast(load_numbers(channels.rows, slot * 2 + 1)[None, :], zero)
+    return warpgroup_mma(v, dout.permute((1, 0)), dweights, is_async=True)
+
+
+@gluon.jit
+def store_key_dbias(pointer, dbias, batch, head, keys, call):
+    """Write the gradient of a bias of one number a key."""
+    origin = (batch * call.heads_q + head).to(gl.int64) * call.seqlen_k
+    gl.store(pointer + origin + keys, dbias, mask=keys < call.seqlen_k)
+
+
+@gluon.jit
 def store_rows(descriptor, channel, values, block, start_n, INDEX: gl.constexpr):
     """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of K or V."""
     SHAPE: gl.constexpr = values.shape
@@ -294,6 +309,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
     dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
+    keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
     k = tile_of(channels.k.tiles, channels.k, 0, INDEX)
     v = tile_of(channels.v.tiles, channels.v, 0, INDEX)
     wait_full(channels.k, 0)
@@ -301,7 +317,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     step = 0
     for member in range(call.group):
         head = block.head_kv * call.group + member
-        key_bias = load_key_bias(inputs.bias, block.batch, head, start_n, call, SPEC, TILE)
+        key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
         dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
         for m in range(block.first, block.last):
             slot = step % TILE.STAGES
@@ -310,39 +326,64 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
             wait_full(channels.q, step)
             scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             lse = load_numbers(channels.rows, slot * 2)
-            scores = warpgroup_mma_wait(0, deps=[scores])
+            if TILE.EARLY:
+                dweights = multiply_values(channels, v, dout, zero, step, slot)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+            else:
+                scores = warpgroup_mma_wait(0, deps=[scores])
             weights = weigh(scores, lse, key_bias, channels, step, call, SPEC, TILE, INDEX)
             if m < block.full_first or m >= block.full_last:
                 weights = mask_weights(weights, m * BLOCK_M, start_n, call, SPEC)
             weights = narrow(weights, q.dtype)
             operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
-            wait_full(channels.dout, step)
-            # dP - delta: the product is added to -delta.
-            dweights, _ = gl.broadcast(load_numbers(channels.rows, slot * 2 + 1)[None, :], zero)
-            dweights = warpgroup_mma(v, dout.permute((1, 0)), dweights, is_async=True)
+            if not TILE.EARLY:
+                dweights = multiply_values(channels, v, dout, zero, step, slot)
             dv = warpgroup_mma(operand, dout, dv, is_async=True)
             dweights = warpgroup_mma_wait(1, deps=[dweights])
             if SPEC.DBIAS == "keys":
                 dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
             dscores = multiply_narrow(weights, dweights)
-            wait_empty(channels.dscores, step)
-            tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
-            fence_async_shared()
-            mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+            if SPEC.DQ == "added":
+                wait_empty(channels.dscores, step)
+                tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
+                fence_async_shared()
+                mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
             operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
             dk = warpgroup_mma(operand, q, dk, is_async=True)
             dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
             release(channels.q, step)
             step += 1
         if SPEC.DBIAS == "keys":
-            keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
-            origin = (block.batch * call.heads_q + head).to(gl.int64) * call.seqlen_k
-            gl.store(gradients.dbias + origin + keys, dbias, mask=keys < call.seqlen_k)
+            store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
 
     store_rows(gradients.dv, channels.v, dv, block, start_n, INDEX)
-    mbarrier.wait(channels.k.empty.index(0), 0)  # the assistant is done with K
+    if SPEC.DQ == "added":
+        mbarrier.wait(channels.k.empty.index(0), 0)  # the assistant is done with K
     store_rows(gradients.dk, channels.k, dk * call.softmax_scale, block, start_n, INDEX)
     tma.store_wait(0)
+
+
+@gluon.jit
+def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """A producer warp: it copies the operands of one block of queries after the other."""
+    block = block_of_program(call, SPEC, TILE)
+    send(channels.k, inputs.k, None, 0, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
+    head = block.head_kv * call.group
+    m = block.first
+    for step in range(call.group * (block.last - block.first)):
+        send_queries(channels, inputs, step, head, m, block, SPEC, TILE)
+        if step == 0:
+            send(channels.v, inputs.v, None, 0, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
+        head, m = following(head, m, block)
+
+
+@gluon.jit
+def serve(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """What runs beside the consumers."""
+    if SPEC.DQ == "added":
+        assist(channels, inputs, gradients, staging, call, SPEC, TILE)
+    else:
+        produce(channels, inputs, call, SPEC, TILE)
 
 
 @gluon.jit
@@ -418,48 +459,59 @@ def new_exchange(dtype, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.co
 
 
 @gluon.jit
+def new_channels(inputs, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.constexpr, EXCHANGES: gl.constexpr):
+    """READERS consumers read each block of queries; EXCHANGES: one warpgroup leaves tiles of scores for another."""
+    STAGES: gl.constexpr = TILE.STAGES
+    CONSUMERS: gl.constexpr = TILE.CONSUMERS
+    if SPEC.BIAS_ROWS:
+        bias_tiles = new_tiles(inputs.bias, STAGES * CONSUMERS)
+    else:
+        bias_tiles = 0
+    q = new_channel(inputs.q, None, STAGES, 1, READERS)
+    rows = new_tiles(inputs.rows, STAGES * 2)
+    dout = new_channel(inputs.dout, None, STAGES, 1, READERS)
+    k = new_channel(inputs.k, None, 1, CONSUMERS, 1)
+    v = new_channel(inputs.v, None, 1, CONSUMERS, 1)
+    if EXCHANGES:
+        dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, CONSUMERS)
+    else:
+        dscores = 0
+    return Channels(q, rows, bias_tiles, dout, k, v, dscores)
+
+
+@gluon.jit
 def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head; and sums of dS K.
 
     Grid: one program for each block of 64 CONSUMERS keys of each key head of each batch entry. It owns these rows of
     `dk` and `dv`. With SPEC.DBIAS == "tile" it owns these columns of `dbias` (batch, heads_q, seqlen_q, seqlen_k), and
-    writes where a key is visible; with "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k). To
-    `dq` it adds its share, in no fixed order; everything else is the same bit for bit in every run.
+    writes where a key is visible; with "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k). With
+    SPEC.DQ == "added" it adds its share to `dq`, in no fixed order; everything else is the same bit for bit in every
+    run.
     """
-    CONSUMERS: gl.constexpr = TILE.CONSUMERS
-    STAGES: gl.constexpr = TILE.STAGES
-    DSCORES_STAGES: gl.constexpr = TILE.DSCORES_STAGES
-    PIECES: gl.constexpr = TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL)
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(dq, dk, dv, dbias)
-    if SPEC.BIAS_ROWS:
-        bias_tiles = new_tiles(bias, STAGES * CONSUMERS)
+    ADDS_DQ: gl.constexpr = SPEC.DQ == "added"
+    channels = new_channels(inputs, SPEC, TILE, TILE.CONSUMERS, ADDS_DQ)
+    if ADDS_DQ:
+        staging = new_tiles(dq, TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL))
     else:
-        bias_tiles = 0
-    channels = Channels(
-        new_channel(q, None, STAGES, 1, CONSUMERS),
-        new_tiles(rows, STAGES * 2),
-        bias_tiles,
-        new_channel(dout, None, STAGES, 1, CONSUMERS),
-        new_channel(k, None, 1, CONSUMERS, 1),
-        new_channel(v, None, 1, CONSUMERS, 1),
-        new_exchange(q.dtype, TILE.BLOCK_M, DSCORES_STAGES, CONSUMERS),
-    )
-    staging = new_tiles(dq, PIECES)
+        staging = 0
     fence_async_shared()
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     C2: gl.constexpr = 2
     REGISTERS: gl.constexpr = TILE.REGISTERS
+    SERVING_WARPS: gl.constexpr = 4 if ADDS_DQ else 1
     if TILE.CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
-                (assist, (channels, inputs, gradients, staging, call, SPEC, TILE)),
+                (serve, (channels, inputs, gradients, staging, call, SPEC, TILE)),
             ],
-            [4, 4],
-            [REGISTERS, TILE.ASSISTANT_REGISTERS],
+            [4, SERVING_WARPS],
+            [REGISTERS, TILE.SERVING_REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -467,8 +519,8 @@ def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, call, SPEC: gl.c
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C2)),
-                (assist, (channels, inputs, gradients, staging, call, SPEC, TILE)),
+                (serve, (channels, inputs, gradients, staging, call, SPEC, TILE)),
             ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, TILE.ASSISTANT_REGISTERS],
+            [4, 4, SERVING_WARPS],
+            [REGISTERS, REGISTERS, TILE.SERVING_REGISTERS],
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,35 @@ class BackwardSpec:
     BIAS: str = "none"  # or "added" or "mask": one that varies along the keys
     BIAS_ROWS: bool = False  # it varies along the queries too
     DBIAS: str = "none"  # or "keys": one number a key; or "tile": of a bias that nothing shares
+    DQ: str = "apart"  # or "added": the kernel that owns keys adds up dq, in no fixed order
 
 
 @dataclass(frozen=True)
 class BackwardTile:
-    """How the kernel for dq, dk and dv computes it."""
+    """How a kernel that owns keys computes it."""
 
-    CONSUMERS: int  # warpgroups of 64 keys
+    CONSUMERS: int  # warpgroups, or for wide heads pairs of them, of 64 keys
     STAGES: int  # blocks of queries in shared memory
-    DSCORES_STAGES: int  # and of dS
+    DSCORES_STAGES: int  # and of dS, or for wide heads of P
+    EARLY: bool  # dP is under way while the probabilities are made; wants registers
     REGISTERS: int  # of a consumer's thread
-    ASSISTANT_REGISTERS: int
+    SERVING_REGISTERS: int  # of the others
     maxnreg: int  # of any thread before these are given out
     BLOCK_M: int = 64  # queries
     num_warps: int = 4  # of a consumer
+
+
+@dataclass(frozen=True)
+class QueriesTile:
+    """How the kernel that owns queries computes dq."""
+
+    CONSUMERS: int  # warpgroups of 64 queries
+    BLOCK_N: int  # keys
+    STAGES: int  # blocks of keys in shared memory
+    REGISTERS: int
+    maxnreg: int
+    ROW_PADDING: int = 64  # the numbers of the queries are padded to a multiple of this
+    num_warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -190,24 +205,63 @@ class BackwardRow(NamedTuple):
     tile: BackwardTile
 
 
+class QueriesRow(NamedTuple):
+    """The same for the kernel that owns queries."""
+
+    head_dim: int
+    bias_size: int
+    tile: QueriesTile
+
+
+_Row = TypeVar("_Row", BackwardRow, QueriesRow)
+
+
 # H100 80GB HBM3, Triton 3.6.0, bf16. TFLOP/s at s 4096, full / causal; with a matrix bias that the batch shares, at
 # s 2048, the microseconds of this kernel. A row without a comment was not timed.
 BACKWARD_ROWS = (
-    BackwardRow(64, 0, BackwardTile(3, 2, 2, 144, 80, 128)),  # 516 / 466; two consumers: 452 / 402
-    BackwardRow(32, 2, BackwardTile(2, 2, 2, 208, 88, 168)),  # pair bias n 256: 141 us; three consumers: 177
-    BackwardRow(64, 2, BackwardTile(3, 2, 1, 144, 80, 128)),  # 437 us; two consumers: 461
-    BackwardRow(64, 4, BackwardTile(2, 2, 1, 208, 88, 168)),
-    BackwardRow(128, 0, BackwardTile(2, 2, 1, 216, 72, 168)),  # 528 / 451; 208 and 88 registers spill: 444 / 407
-    BackwardRow(128, 2, BackwardTile(2, 2, 1, 216, 72, 168)),  # 662 us
-    BackwardRow(128, 4, BackwardTile(2, 1, 1, 216, 72, 168)),
+    BackwardRow(64, 0, BackwardTile(3, 2, 2, False, 144, 80, 128)),  # 516 / 466; two consumers: 452 / 402
+    BackwardRow(32, 2, BackwardTile(2, 2, 2, False, 208, 88, 168)),  # pair bias n 256: 141 us; three consumers: 177
+    BackwardRow(64, 2, BackwardTile(3, 2, 1, False, 144, 80, 128)),  # 437 us; two consumers: 461
+    BackwardRow(64, 4, BackwardTile(2, 2, 1, False, 208, 88, 168)),
+    BackwardRow(128, 0, BackwardTile(2, 2, 1, False, 216, 72, 168)),  # 528 / 451; 208 and 88 registers spill: 444 / 407
+    BackwardRow(128, 2, BackwardTile(2, 2, 1, False, 216, 72, 168)),  # 662 us
+    BackwardRow(128, 4, BackwardTile(2, 1, 1, False, 216, 72, 168)),
+)
+
+# Where dq is made apart: the kernels that own keys, in TFLOP/s that count the four products they do; full / causal.
+KEYS_ROWS = (
+    BackwardRow(64, 0, BackwardTile(3, 2, 0, False, 160, 24, 128)),
+    BackwardRow(64, 4, BackwardTile(2, 2, 0, False, 240, 24, 168)),
+    BackwardRow(128, 0, BackwardTile(2, 2, 0, True, 240, 24, 168)),  # 733 / 678; not early: 648 / 639
+    BackwardRow(128, 2, BackwardTile(2, 2, 0, True, 240, 24, 168)),
+    BackwardRow(128, 4, BackwardTile(2, 1, 0, True, 240, 24, 168)),
+    BackwardRow(256, 2, BackwardTile(1, 2, 2, True, 240, 24, 168)),  # 749 / 686
+    BackwardRow(256, 4, BackwardTile(1, 1, 2, True, 240, 24, 168)),
+)
+
+# And the kernel that owns queries, in TFLOP/s that count its three products.
+QUERIES_ROWS = (
+    QueriesRow(64, 0, QueriesTile(3, 64, 4, 160, 128)),
+    QueriesRow(64, 4, QueriesTile(2, 64, 3, 240, 168)),
+    QueriesRow(128, 4, QueriesTile(2, 64, 2, 240, 168)),  # 697 / 631; 3 x 64, 2 x 128: 631 / 545, 536 / 476
+    QueriesRow(256, 4, QueriesTile(2, 32, 2, 240, 168)),  # 670 / 558; 2 x 64 in one stage: 552 / 481
 )
 
 
-def backward_tile_for(spec: BackwardSpec, bias_size: int) -> BackwardTile:
-    """The tile of the first row that matches; `bias_size` is that of one number of the bias, 0 without one."""
+def keys_tile_for(spec: BackwardSpec, bias_size: int) -> BackwardTile:
+    """The tile of the kernel for dk and dv; `bias_size` is that of one number of the bias, 0 without one."""
+    return _first_row(BACKWARD_ROWS if spec.DQ == "added" else KEYS_ROWS, spec, bias_size).tile
+
+
+def queries_tile_for(spec: BackwardSpec, bias_size: int) -> QueriesTile:
+    """The tile of the kernel for dq."""
+    return _first_row(QUERIES_ROWS, spec, bias_size).tile
+
+
+def _first_row(rows: tuple[_Row, ...], spec: BackwardSpec, bias_size: int) -> _Row:
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     size = bias_size if spec.BIAS_ROWS else 0
-    return next(row.tile for row in BACKWARD_ROWS if head_dim <= row.head_dim and size <= row.bias_size)
+    return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size)
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, row_padding: int) -> BiasGradientTile:

@@ -21,7 +21,7 @@ from triton_attention.hopper.configs import Spec, tile_for
 from triton_attention.hopper.forward import attention_fwd
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.operands import bias_tensor, descriptor, row_descriptors, with_aligned_rows
-from triton_attention.hopper.plan_backward import DIFFERENTIABLE_HEAD_DIM, plan_backward
+from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.hopper.schedule import Call
 from triton_attention.kernel import ForwardPlan, Launch, run, variant
 from triton_attention.problem import Mask, read_by_rows
@@ -64,30 +64,21 @@ def forward(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    mask: Mask, softmax_scale: float, needs_dbias: bool,
+    mask: Mask, softmax_scale: float, needs_dbias: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
     """(dq, dk, dv, dbias), each in the shape and dtype of its tensor; dbias is None unless it is needed.
 
-    None where head dimensions are above those of the kernel, where rows are not aligned, and where PyTorch asks for
-    deterministic algorithms: what is added up to dq is added in no fixed order.
+    With `deterministic` dq is added up in a fixed order. None where rows are not aligned.
     """
-    aligned = all(map(has_aligned_rows, read_by_rows(q, k, v, bias)))
-    if not aligned or not differentiates(q, v) or _must_be_deterministic():
+    if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
         return None
     with device_of(q):
-        plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias, _num_sms(q.device))
+        plan = plan_backward(
+            dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias, deterministic, _num_sms(q.device)
+        )
         for launch in plan.launches:
             run(launch)
         return plan.dq, plan.dk, plan.dv, plan.finish_dbias()
-
-
-def _must_be_deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def differentiates(q: Tensor, v: Tensor) -> bool:
-    """Whether the head dimensions are among those of the backward kernel, which holds dk and dv in registers."""
-    return max(q.shape[3], v.shape[3]) <= DIFFERENTIABLE_HEAD_DIM
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:

@@ -1,12 +1,13 @@
 """How does a backward call become kernel launches? The plan is as pure as that of the forward.
 
-Two numbers a query first, then the kernel for dk, dv and sums for dq, then dq; and where a bias is shared, the kernel
-for its gradient.
+Two numbers a query first, then the kernel for dk, dv and sums for dq, then dq. Where dq is to be the same in every run,
+and where heads are wide, dq has a kernel of its own. And where a bias is shared, its gradient has one.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,16 @@ from triton_attention.arguments import (
     with_unit_last_stride,
 )
 from triton_attention.hopper.backward import BackwardCall, attention_bwd
+from triton_attention.hopper.backward_queries import attention_bwd_queries
+from triton_attention.hopper.backward_wide import attention_bwd_wide
 from triton_attention.hopper.bias_gradient import BLOCK_M, BLOCK_N, Sharing, attention_bwd_dbias
 from triton_attention.hopper.configs import (
     BackwardSpec,
     RowsSpec,
     RowsTile,
-    backward_tile_for,
     bias_gradient_tile,
+    keys_tile_for,
+    queries_tile_for,
 )
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.operands import bias_tensor, descriptor, row_descriptors
@@ -36,7 +40,7 @@ from triton_attention.hopper.rows import PANEL, Strided, attention_bwd_dq, atten
 from triton_attention.kernel import Launch
 from triton_attention.problem import Mask
 
-DIFFERENTIABLE_HEAD_DIM = 128  # the accumulators of dk and dv hold no more
+_REGISTER_HEAD_DIM = 128  # above it a warpgroup's registers do not hold both dk and dv
 _LOG2_E = math.log2(math.e)
 _SECTION_BYTES = 24 << 20  # queries, their gradients, and the sums of dq, that stay in L2 together
 _ROWS = WARPGROUP_ROWS.value
@@ -67,7 +71,7 @@ class BackwardPlan(NamedTuple):
 
 def plan_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    mask: Mask, softmax_scale: float, needs_dbias: bool, num_sms: int,
+    mask: Mask, softmax_scale: float, needs_dbias: bool, deterministic: bool, num_sms: int,
 ) -> BackwardPlan:  # fmt: skip
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
@@ -77,50 +81,107 @@ def plan_backward(
 
     addend = _Addend.of(bias, (batch, heads, seqlen_q, seqlen_k))
     kind = _kind_of_dbias(bias, q) if needs_dbias and bias is not None else "none"
+    dbias = _new_dbias(kind, bias, dlse, lse, mask)
+    adds_dq = not deterministic and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
     spec = BackwardSpec(
         block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
-        kind if kind in ("keys", "tile") else "none",
     )  # fmt: skip
-    tile = backward_tile_for(spec, addend.size)
-    block_m, columns = tile.BLOCK_M, min(block_d, 64)
-    blocks_m, group = ceil_div(seqlen_q, block_m), heads // heads_kv
-    rows = q.new_empty(batch, heads, 2, blocks_m * block_m, dtype=torch.float32)
-    sums = q.new_empty(1, 1, batch * heads * blocks_m * block_m * block_d // _PANEL, _PANEL, dtype=torch.float32)
-    section = max(1, _SECTION_BYTES // (8 * blocks_m * block_m * block_d * group)) if mask.right is not None else 1
+    blocks_m, group = ceil_div(seqlen_q, _ROWS), heads // heads_kv
+    rows = q.new_empty(batch, heads, 2, blocks_m * _ROWS, dtype=torch.float32)
+    row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
+    section = max(1, _SECTION_BYTES // (row_bytes * blocks_m * _ROWS * group)) if mask.right is not None else 1
     numbers = BackwardCall(
         seqlen_q, seqlen_k, heads, group, batch, min(section, batch * heads_kv), *mask.bounds(seqlen_q, seqlen_k),
         softmax_scale, softmax_scale * _LOG2_E,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES)
-    dbias, dbias_argument = _new_dbias(kind, bias, dlse, lse, mask, block_m)
+    tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, call)
 
     row_programs = blocks_m * heads * batch
-    variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv), RowsTile(block_m, columns))
+    variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv), RowsTile(_ROWS, min(block_d, 64)))
     dlse_argument = ABSENT if dlse is None else flat(dlse.contiguous())
-    results = (_strided(out), _strided(dout), flat(lse), dlse_argument, addend.of_queries())
-    operands = (
-        _rows_of(q, block_m, block_d),
-        _rows_of(k, _ROWS, block_d),
-        _rows_of(v, _ROWS, block_dv),
-        _rows_of(dout, block_m, block_dv),
-        descriptor(rows, 1, block_m),
-        addend.of_keys(block_m),
-        descriptor(sums, block_m * columns // _PANEL, _PANEL),
-        _rows_of(dk, _ROWS, block_d),
-        _rows_of(dv, _ROWS, block_dv),
-        dbias_argument,
-        call,
-    )
-    key_programs = ceil_div(seqlen_k, _ROWS * tile.CONSUMERS) * heads_kv * batch
-    launches = [
-        Launch(attention_bwd_rows, row_programs, (*results, flat(rows), flat(sums), call), *variant),
-        Launch(attention_bwd, key_programs, operands, spec, tile),
-        Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq), call), *variant),
-    ]
+    results = (_strided(out), _strided(dout), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
+    if adds_dq:
+        sums = q.new_empty(1, 1, batch * heads * blocks_m * _ROWS * block_d // _PANEL, _PANEL, dtype=torch.float32)
+        spec_of_keys = replace(spec, DBIAS=kind if kind in ("keys", "tile") else "none", DQ="added")
+        launches = [
+            Launch(attention_bwd_rows, row_programs, (*results, flat(sums), call), *variant),
+            tensors.launch_of_keys(spec_of_keys, sums),
+            Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq), call), *variant),
+        ]
+    else:
+        launches = [
+            Launch(attention_bwd_rows, row_programs, (*results, ABSENT, call), *variant),
+            tensors.launch_of_keys(replace(spec, DBIAS="keys" if kind == "keys" else "none"), None),
+            tensors.launch_of_queries(replace(spec, DBIAS="tile" if kind == "tile" else "none")),
+        ]
     if bias is not None and kind == "shared":
-        dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, block_m, num_sms)
+        dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, num_sms)
         launches.append(launch)
     return BackwardPlan(dq, dk, dv, dbias, bias, launches)
+
+
+class _Tensors(NamedTuple):
+    """What the kernels that make dq, dk and dv read and write."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    rows: Tensor
+    addend: _Addend
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+    call: Argument
+
+    def launch_of_keys(self, spec: BackwardSpec, dq_sums: Tensor | None) -> Launch:
+        """The kernel for dk and dv."""
+        tile = keys_tile_for(spec, self.addend.size)
+        inputs = (
+            _rows_of(self.q, _ROWS, spec.BLOCK_D),
+            _rows_of(self.k, _ROWS, spec.BLOCK_D),
+            _rows_of(self.v, _ROWS, spec.BLOCK_DV),
+            _rows_of(self.dout, _ROWS, spec.BLOCK_DV),
+            descriptor(self.rows, 1, _ROWS),
+            self.addend.of_keys(_ROWS),
+        )
+        gradients = (
+            _rows_of(self.dk, _ROWS, spec.BLOCK_D),
+            _rows_of(self.dv, _ROWS, spec.BLOCK_DV),
+            self._dbias_argument(spec, _ROWS),
+        )
+        batch, seqlen_k, heads_kv, _ = self.k.shape
+        programs = ceil_div(seqlen_k, _ROWS * tile.CONSUMERS) * heads_kv * batch
+        if max(spec.BLOCK_D, spec.BLOCK_DV) > _REGISTER_HEAD_DIM:
+            return Launch(attention_bwd_wide, programs, (*inputs, *gradients, self.call), spec, tile)
+        piece = _ROWS * min(spec.BLOCK_D, 64) // _PANEL  # rows of the matrix as which 64 columns of the sums lie
+        dq = ABSENT if dq_sums is None else descriptor(dq_sums, piece, _PANEL)
+        return Launch(attention_bwd, programs, (*inputs, dq, *gradients, self.call), spec, tile)
+
+    def launch_of_queries(self, spec: BackwardSpec) -> Launch:
+        """The kernel for dq, where that for dk and dv does not add it up."""
+        tile = queries_tile_for(spec, self.addend.size)
+        arguments = (
+            _rows_of(self.q, _ROWS, spec.BLOCK_D),
+            _rows_of(self.k, tile.BLOCK_N, spec.BLOCK_D),
+            _rows_of(self.v, tile.BLOCK_N, spec.BLOCK_DV),
+            _rows_of(self.dout, _ROWS, spec.BLOCK_DV),
+            flat(self.rows),
+            self.addend.of_keys(tile.BLOCK_N),
+            _rows_of(self.dq, _ROWS, spec.BLOCK_D),
+            self._dbias_argument(spec, tile.BLOCK_N),
+            self.call,
+        )
+        batch, seqlen_q, heads, _ = self.q.shape
+        programs = ceil_div(seqlen_q, _ROWS * tile.CONSUMERS) * heads * batch
+        return Launch(attention_bwd_queries, programs, arguments, spec, tile)
+
+    def _dbias_argument(self, spec: BackwardSpec, block_n: int) -> Argument:
+        if self.dbias is None or spec.DBIAS == "none":
+            return ABSENT
+        return flat(self.dbias) if spec.DBIAS == "keys" else descriptor(self.dbias, _ROWS, block_n)
 
 
 class _Addend(NamedTuple):
@@ -147,36 +208,32 @@ class _Addend(NamedTuple):
         """A bias that does not vary along the keys: it is taken from lse."""
         return bias_tensor(self.tensor) if self.tensor is not None and self.kind == "none" else ABSENT
 
-    def of_keys(self, block_m: int) -> Argument:
+    def of_keys(self, block_n: int) -> Argument:
         """One that does: tiles, or one number a key."""
         if self.tensor is None or self.kind == "none":
             return ABSENT
-        return descriptor(self.tensor, block_m, _ROWS) if self.varies_along_queries else bias_tensor(self.tensor)
+        return descriptor(self.tensor, _ROWS, block_n) if self.varies_along_queries else bias_tensor(self.tensor)
 
 
-def _new_dbias(
-    kind: str, bias: Tensor | None, dlse: Tensor | None, lse: Tensor, mask: Mask, block_m: int
-) -> tuple[Tensor | None, Argument]:
-    """The gradient of a bias as far as it comes with dk and dv, and what the kernel writes of it."""
-    if bias is not None and kind == "queries":
+def _new_dbias(kind: str, bias: Tensor | None, dlse: Tensor | None, lse: Tensor, mask: Mask) -> Tensor | None:
+    """The gradient of a bias that is not shared, or memory for it."""
+    if bias is None or kind in ("none", "shared"):
+        return None
+    if kind == "queries":
         # Over the keys dS sums up to rowsum(P dP) - delta, which is dlse, and to nothing where no key is visible.
         sums = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -math.inf, 0.0)
-        return sums[..., None], ABSENT
-    if bias is not None and kind == "keys":
-        dbias = bias.new_empty(*lse.shape[:2], 1, bias.shape[3], dtype=torch.float32)
-        return dbias, flat(dbias)
-    if bias is not None and kind == "tile":
-        new = bias.new_empty if mask[:2] == (None, None) else bias.new_zeros  # tiles outside a band are not visited
-        multiple = 16 // bias.element_size()
-        whole_rows = new(*bias.shape[:3], ceil_div(bias.shape[3], multiple) * multiple)  # descriptors want such
-        dbias = whole_rows[..., : bias.shape[3]]
-        return dbias, descriptor(dbias, block_m, _ROWS)
-    return None, ABSENT
+        return sums[..., None]
+    if kind == "keys":
+        return bias.new_empty(*lse.shape[:2], 1, bias.shape[3], dtype=torch.float32)
+    new = bias.new_empty if mask[:2] == (None, None) else bias.new_zeros  # tiles outside a band are not visited
+    multiple = 16 // bias.element_size()
+    whole_rows = new(*bias.shape[:3], ceil_div(bias.shape[3], multiple) * multiple)  # descriptors want such
+    return whole_rows[..., : bias.shape[3]]
 
 
 def _plan_shared_dbias(
     operands: tuple[Tensor, Tensor, Tensor, Tensor], bias: Tensor, rows: Tensor, call: Argument, spec: BackwardSpec,
-    block_m: int, num_sms: int,
+    num_sms: int,
 ) -> tuple[Tensor, Launch]:  # fmt: skip
     """The gradient of a bias that batch entries or heads share, perhaps in parts that are still to be added."""
     q, k, v, dout = operands
@@ -200,7 +257,7 @@ def _plan_shared_dbias(
         Argument(sharing, Sharing("i32", "i32", "i32", "i32")),
         call,
     )
-    tile = bias_gradient_tile(head_dim, bias.element_size(), block_m)
+    tile = bias_gradient_tile(head_dim, bias.element_size(), _ROWS)
     launch = Launch(attention_bwd_dbias, min(num_sms, tiles * splits), arguments, spec, tile)
     return dbias[0] if splits == 1 else dbias, launch
 

@@ -41,7 +41,7 @@ def load_rows(tensor, batch, head, start_m, call, DIM: tl.constexpr, BLOCK_M: tl
 
 @triton.jit
 def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Two numbers a query: lse in units of log 2, and -delta = dlse - rowsum(dout * out). And zeros for sums of dQ.
+    """Two numbers a query: lse in units of log 2, and -delta = dlse - rowsum(dout * out). And zeros where dQ is summed.
 
     A query that sees no key, or does not exist, has lse = +inf: all its probabilities become 0. A bias of one number a
     query is taken from lse, since exp(scores + bias - lse) = exp(scores - (lse - bias)).
@@ -67,8 +67,9 @@ def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl
     target = rows + matrix * 2 * num_blocks * BLOCK_M + numbers
     tl.store(target, tl.where(empty, INFINITY, lse_rows * LOG2_E))
     tl.store(target + num_blocks * BLOCK_M, negative_delta)
-    SUMS: tl.constexpr = BLOCK_M * SPEC.BLOCK_D
-    tl.store(dq_sums + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
+    if dq_sums is not None:
+        SUMS: tl.constexpr = BLOCK_M * SPEC.BLOCK_D
+        tl.store(dq_sums + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
 
 
 @triton.jit

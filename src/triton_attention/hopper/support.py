@@ -43,8 +43,6 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("has no dropout")
     if problem.varlen:
         reasons.append("has no sequences of different lengths (cu_seqlens)")
-    if problem.deterministic and problem.needs_grad:
-        reasons.append("adds up the gradient of q in no fixed order, and deterministic=True asks for one")
     return reasons
 
 

@@ -56,11 +56,10 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
     needs_dbias = bias is not None and bias.dtype != torch.bool
     if backend == "hopper":
         plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS)
-        if not hopper.differentiates(q, v):
-            return [plan.launch]
         call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
-        gradients = plan_hopper_backward(*call, problem.softmax_scale, needs_dbias, _NUM_SMS)
-        return [plan.launch, *gradients.launches]
+        numbers = (problem.softmax_scale, needs_dbias)
+        both = [plan_hopper_backward(*call, *numbers, deterministic, _NUM_SMS) for deterministic in (False, True)]
+        return [plan.launch, *both[0].launches, *both[1].launches]
     family = gpu_family(target.backend, target.arch)
     seed = torch.empty((), dtype=torch.int64, device="meta") if problem.dropout_p > 0.0 else None
     packing = None

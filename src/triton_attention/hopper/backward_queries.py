@@ -1,0 +1,239 @@
+"""The backward kernel that owns queries: dQ, summed over the keys in a fixed order, and the gradient of a bias that
+nothing shares.
+
+It computes scores and dP once more. So dQ is the same bit for bit in every run, and needs no sums in memory; see
+backward.py for the equations. Scores are not transposed here: dS, in registers, is the left operand of the product
+with K.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triton_attention._compat import copy_to_global
+from triton_attention.hopper.backward import load_key_bias, multiply_narrow, narrow
+from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.forward import PRODUCER_REGISTERS
+from triton_attention.hopper.layouts import (
+    WARPGROUP_ROWS,
+    accumulator_layout,
+    columns_layout,
+    operand_layout,
+    rows_layout,
+)
+from triton_attention.hopper.schedule import place_in_section, visible_range
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, mask_scores
+
+
+class Inputs(NamedTuple):
+    """Tensor descriptors, and a pointer."""
+
+    q: object
+    k: object
+    v: object
+    dout: object
+    bias: object  # or a `BiasTensor` of one number a key, or None
+    rows: object  # a pointer to (batch, heads_q, 2, seqlen_q padded): see `attention_bwd_rows`
+
+
+class Channels(NamedTuple):
+    """What the producer sends: queries once, keys block by block."""
+
+    q: object
+    dout: object
+    k: object
+    v: object
+    bias: object
+
+
+class Block(NamedTuple):
+    """The queries of a program, and the blocks [first, last) of keys that some of them see; those in
+    [full_first, full_last) all of them see, so that they need no mask."""
+
+    start_m: object
+    head: object
+    batch: object
+    first: object
+    full_first: object
+    full_last: object
+    last: object
+
+
+@gluon.jit
+def block_of_program(call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """As that of the keys' kernel; under a causal mask those that see most keys first."""
+    BLOCK_M: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
+    BLOCK_N: gl.constexpr = TILE.BLOCK_N
+    num_blocks = gl.cdiv(call.seqlen_q, BLOCK_M)
+    matrices = call.heads_q * call.batch
+    block, matrix = place_in_section(gl.program_id(0), num_blocks, matrices, call.section * call.group)
+    if SPEC.HAS_UPPER:
+        block = num_blocks - 1 - block
+    batch = matrix // call.heads_q
+    start_m = block * BLOCK_M
+    begin, full_begin, full_end, end = visible_range(
+        start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER, BLOCK_M, BLOCK_N
+    )
+    return Block(
+        start_m, matrix - batch * call.heads_q, batch, begin // BLOCK_N, gl.cdiv(full_begin, BLOCK_N),
+        full_end // BLOCK_N, gl.cdiv(end, BLOCK_N),
+    )  # fmt: skip
+
+
+@gluon.jit
+def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The producer warp."""
+    CONSUMERS: gl.constexpr = TILE.CONSUMERS
+    block = block_of_program(call, SPEC, TILE)
+    batch = block.batch
+    head_kv = block.head // call.group
+    send(channels.q, inputs.q, None, 0, batch, block.head, block.start_m, 0, CONSUMERS)
+    step = 0
+    for n in range(block.first, block.last):
+        start_n = n * TILE.BLOCK_N
+        send(channels.k, inputs.k, None, step, batch, head_kv, start_n, 0, 1)
+        if SPEC.BIAS_ROWS:
+            send(channels.bias, inputs.bias, None, step, batch, block.head, block.start_m, start_n, CONSUMERS)
+        if step == 0:
+            send(channels.dout, inputs.dout, None, 0, batch, block.head, block.start_m, 0, CONSUMERS)
+        send(channels.v, inputs.v, None, step, batch, head_kv, start_n, 0, 1)
+        step += 1
+
+
+@gluon.jit
+def exponents_of(
+    scores, lse, key_bias, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
+):
+    """scores - lse of a block, in units of log 2: (64, BLOCK_N)."""
+    exponents = scores * call.scale_log2 - lse[:, None]
+    if SPEC.BIAS_ROWS:
+        wait_full(channels.bias, step)
+        values = tile_of(channels.bias.tiles, channels.bias, step, INDEX).load(accumulator_layout(TILE.BLOCK_N))
+        release(channels.bias, step)
+        if SPEC.BIAS == "mask":
+            exponents = gl.where(values != 0, exponents, -INFINITY)
+        else:
+            exponents += values.to(gl.float32) * LOG2_E
+    elif SPEC.BIAS != "none":
+        exponents += key_bias[None, :]
+    return exponents
+
+
+@gluon.jit
+def consume(
+    channels, inputs, dq, dbias, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
+):  # fmt: skip
+    """A consumer warpgroup: the queries [64 INDEX, 64 INDEX + 64) of the block."""
+    BLOCK_N: gl.constexpr = TILE.BLOCK_N
+    block = block_of_program(call, SPEC, TILE)
+    start_m = block.start_m + INDEX * WARPGROUP_ROWS
+    sums = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
+    zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, accumulator_layout(BLOCK_N))
+    numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
+    padded = gl.cdiv(call.seqlen_q, TILE.ROW_PADDING) * TILE.ROW_PADDING
+    pointers = inputs.rows + (block.batch * call.heads_q + block.head).to(gl.int64) * 2 * padded + numbers
+    lse = gl.load(pointers, mask=numbers < call.seqlen_q, other=INFINITY)
+    negative_delta = gl.load(pointers + padded, mask=numbers < call.seqlen_q, other=0.0)
+    q = tile_of(channels.q.tiles, channels.q, 0, INDEX)
+    dout = tile_of(channels.dout.tiles, channels.dout, 0, INDEX)
+    wait_full(channels.q, 0)
+    wait_full(channels.dout, 0, block.last > block.first)
+    step = 0
+    for n in range(block.first, block.last):
+        start_n = n * BLOCK_N
+        k = tile_of(channels.k.tiles, channels.k, step, 0)
+        v = tile_of(channels.v.tiles, channels.v, step, 0)
+        wait_full(channels.k, step)
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        keys = start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N))
+        key_bias = load_key_bias(inputs.bias, block.batch, block.head, keys, call, SPEC)
+        wait_full(channels.v, step)
+        # dP - delta: the product is added to -delta.
+        _, dweights = gl.broadcast(zero, negative_delta[:, None])
+        dweights = warpgroup_mma(dout, v.permute((1, 0)), dweights, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        exponents = exponents_of(scores, lse, key_bias, channels, step, call, SPEC, TILE, INDEX)
+        if n < block.full_first or n >= block.full_last:
+            exponents = mask_scores(exponents, start_m, start_n, call, SPEC)
+        weights = narrow(gl.exp2(exponents), q.dtype)
+        dweights = warpgroup_mma_wait(0, deps=[dweights])
+        release(channels.v, step)
+        dscores = multiply_narrow(weights, dweights)
+        operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
+        sums = warpgroup_mma(operand, k, sums, is_async=True)
+        if SPEC.DBIAS == "tile":
+            tma.store_wait(0)
+            tile = staging.index(INDEX)
+            tile.reshape([WARPGROUP_ROWS, BLOCK_N]).store(dscores)
+            fence_async_shared()
+            copy_to_global(dbias, [block.batch, block.head, start_m, start_n], tile)
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        release(channels.k, step)
+        step += 1
+    q.store((sums * call.softmax_scale).to(q.dtype))
+    fence_async_shared()
+    copy_to_global(dq, [block.batch, block.head, start_m, 0], channels.q.tiles.index(INDEX))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attention_bwd_queries(q, k, v, dout, rows, bias, dq, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """dQ = softmax_scale dS K.
+
+    Grid: one program for each block of 64 CONSUMERS queries of each head of each batch entry. It owns these rows of
+    `dq`, and with SPEC.DBIAS == "tile" of `dbias` (batch, heads_q, seqlen_q, seqlen_k), which it writes where a query
+    sees a key.
+    """
+    STAGES: gl.constexpr = TILE.STAGES
+    CONSUMERS: gl.constexpr = TILE.CONSUMERS
+    inputs = Inputs(q, k, v, dout, bias, rows)
+    if SPEC.BIAS_ROWS:
+        bias_channel = new_channel(bias, None, STAGES, CONSUMERS, CONSUMERS)
+    else:
+        bias_channel = 0
+    channels = Channels(
+        new_channel(q, None, 1, CONSUMERS, 1),
+        new_channel(dout, None, 1, CONSUMERS, 1),
+        new_channel(k, None, STAGES, 1, CONSUMERS),
+        new_channel(v, None, STAGES, 1, CONSUMERS),
+        bias_channel,
+    )
+    if SPEC.DBIAS == "tile":
+        staging = new_tiles(dbias, CONSUMERS)
+    else:
+        staging = 0
+    fence_async_shared()
+    C0: gl.constexpr = 0
+    C1: gl.constexpr = 1
+    C2: gl.constexpr = 2
+    REGISTERS: gl.constexpr = TILE.REGISTERS
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (channels, inputs, dq, dbias, staging, call, SPEC, TILE, C0)),
+                (consume, (channels, inputs, dq, dbias, staging, call, SPEC, TILE, C1)),
+                (produce, (channels, inputs, call, SPEC, TILE)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (channels, inputs, dq, dbias, staging, call, SPEC, TILE, C0)),
+                (consume, (channels, inputs, dq, dbias, staging, call, SPEC, TILE, C1)),
+                (consume, (channels, inputs, dq, dbias, staging, call, SPEC, TILE, C2)),
+                (produce, (channels, inputs, call, SPEC, TILE)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )

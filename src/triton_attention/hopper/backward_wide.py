@@ -1,0 +1,139 @@
+"""The backward kernel for wide heads: the gradients of k and v where no warpgroup has registers for both.
+
+Two consumer warpgroups share a block of 64 keys. One makes the probabilities P and of them dV; the other reads P from
+shared memory, makes dS and of it dK. See backward.py for the equations, and backward_queries.py for dQ.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triton_attention.hopper.backward import (
+    Gradients,
+    Inputs,
+    block_of_program,
+    load_key_bias,
+    load_numbers,
+    mask_weights,
+    multiply_narrow,
+    multiply_values,
+    narrow,
+    new_channels,
+    produce,
+    store_key_dbias,
+    store_rows,
+    weigh,
+)
+from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
+
+
+@gluon.jit
+def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """P^T of one block of queries after the other, for the other consumer too, and dV."""
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    WHOLE: gl.constexpr = 0  # of the parts of a block of keys
+    block = block_of_program(call, SPEC, TILE)
+    dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
+    zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
+    keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
+    k = tile_of(channels.k.tiles, channels.k, 0, 0)
+    wait_full(channels.k, 0)
+    step = 0
+    for member in range(call.group):
+        head = block.head_kv * call.group + member
+        key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
+        for m in range(block.first, block.last):
+            q = tile_of(channels.q.tiles, channels.q, step, 0)
+            dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+            wait_full(channels.q, step)
+            scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            lse = load_numbers(channels.rows, step % TILE.STAGES * 2)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            weights = weigh(scores, lse, key_bias, channels, step, call, SPEC, TILE, WHOLE)
+            if m < block.full_first or m >= block.full_last:
+                weights = mask_weights(weights, m * BLOCK_M, block.start_n, call, SPEC)
+            weights = narrow(weights, q.dtype)
+            wait_empty(channels.dscores, step)
+            tile_of(channels.dscores.tiles, channels.dscores, step, 0).permute((1, 0)).store(weights)
+            mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+            operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
+            wait_full(channels.dout, step)
+            dv = warpgroup_mma(operand, dout, dv, is_async=True)
+            dv = warpgroup_mma_wait(0, deps=[dv])
+            release(channels.q, step)
+            step += 1
+    release(channels.k, 0)
+    mbarrier.wait(channels.v.empty.index(0), 0)  # the other consumer is done with V
+    store_rows(gradients.dv, channels.v, dv, block, block.start_n, WHOLE)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """dS^T of one block of queries after the other, and dK."""
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    WHOLE: gl.constexpr = 0
+    block = block_of_program(call, SPEC, TILE)
+    dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
+    zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
+    keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
+    v = tile_of(channels.v.tiles, channels.v, 0, 0)
+    wait_full(channels.v, 0, block.last > block.first)
+    step = 0
+    for member in range(call.group):
+        head = block.head_kv * call.group + member
+        dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
+        for _ in range(block.first, block.last):
+            q = tile_of(channels.q.tiles, channels.q, step, 0)
+            dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+            wait_full(channels.q, step)
+            dweights = multiply_values(channels, v, dout, zero, step, step % TILE.STAGES)
+            wait_full(channels.dscores, step)
+            weights = tile_of(channels.dscores.tiles, channels.dscores, step, 0).permute((1, 0))
+            weights = weights.load(accumulator_layout(BLOCK_M))
+            dweights = warpgroup_mma_wait(0, deps=[dweights])
+            release(channels.dscores, step)
+            if SPEC.DBIAS == "keys":
+                dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
+            operand = gl.convert_layout(multiply_narrow(weights, dweights), operand_layout(SPEC.BLOCK_D))
+            dk = warpgroup_mma(operand, q, dk, is_async=True)
+            dk = warpgroup_mma_wait(0, deps=[dk])
+            release(channels.q, step)
+            step += 1
+        if SPEC.DBIAS == "keys":
+            store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
+    release(channels.v, 0)
+    mbarrier.wait(channels.k.empty.index(0), 0)  # the other consumer is done with K
+    store_rows(gradients.dk, channels.k, dk * call.softmax_scale, block, block.start_n, WHOLE)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attention_bwd_wide(q, k, v, dout, rows, bias, dk, dv, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head.
+
+    Grid: one program for each block of 64 keys of each key head of each batch entry. It owns these rows of `dk` and
+    `dv`, and with SPEC.DBIAS == "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k).
+    """
+    inputs = Inputs(q, k, v, dout, rows, bias)
+    gradients = Gradients(0, dk, dv, dbias)
+    channels = new_channels(inputs, SPEC, TILE, 2, True)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume_for_values, (channels, inputs, gradients, call, SPEC, TILE)),
+            (consume_for_keys, (channels, inputs, gradients, call, SPEC, TILE)),
+            (produce, (channels, inputs, call, SPEC, TILE)),
+        ],
+        [4, 1],
+        [TILE.REGISTERS, TILE.SERVING_REGISTERS],
+    )
