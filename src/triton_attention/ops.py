@@ -89,7 +89,6 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
 
 
 _STAND_IN = {"hopper": "portable"}  # which backend runs what another's launcher leaves: see what it returns None for
-_RUN_EXTRAS = ("portable",)  # whose launchers take extras as their last argument, and return dsink as their last result
 
 
 def _launcher(backend: str) -> ModuleType:
@@ -99,12 +98,11 @@ def _launcher(backend: str) -> ModuleType:
 @torch.library.impl("triton_attention::attention_fwd", ("cpu", "cuda"))
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*arguments)
-    plain = (call.q, call.k, call.v, call.bias, call.mask, call.softmax_scale)
-    if call.backend in _RUN_EXTRAS:
-        return _launcher(call.backend).forward(*plain, call.extras)  # type: ignore[no-any-return]
+    plain = (call.q, call.k, call.v, call.bias, call.mask, call.softmax_scale, call.extras)
     result: tuple[Tensor, Tensor] | None = _launcher(call.backend).forward(*plain)
     if result is None:
-        return _launcher(_STAND_IN[call.backend]).forward(*plain)  # type: ignore[no-any-return]
+        result = _launcher(_STAND_IN[call.backend]).forward(*plain)
+        assert result is not None  # the stand-in runs everything
     return result
 
 
@@ -120,13 +118,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = _Call(*arguments)
     q, k, v, bias = call[:4]
-    plain = (dout, dlse, q, k, v, bias, out, lse, call.mask, call.softmax_scale, needs_dbias)
-    backend, dsink = call.backend, None
     deterministic = call.deterministic or _must_be_deterministic()
-    result = None if backend in _RUN_EXTRAS else _launcher(backend).backward(*plain, deterministic)
+    numbers = (call.mask, call.softmax_scale, needs_dbias, call.extras, deterministic)
+    result = _launcher(call.backend).backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
     if result is None:
-        *result, dsink = _launcher(_STAND_IN.get(backend, backend)).backward(*plain, call.extras)
-    dq, dk, dv, dbias = result
+        result = _launcher(_STAND_IN[call.backend]).backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
+    dq, dk, dv, dbias, dsink = result
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
 
 

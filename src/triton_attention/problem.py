@@ -127,6 +127,11 @@ class Extras(NamedTuple):
     seed: Tensor | None = None  # of dropout, int64 (); there if dropout_p > 0
     packing: Packing | None = None
 
+    @property
+    def absent(self) -> bool:
+        """Whether a call has none of them."""
+        return self.softcap == 0.0 and all(extra is None for extra in (*self[1:3], *self[4:]))
+
 
 NO_EXTRAS = Extras()
 

@@ -21,8 +21,12 @@ SPILLS_ALLOWED = 320
 WINDOW = Mask(300, 200)
 
 
-def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048):
-    return Case(seqlen, seqlen, head_dim, mask=mask, bias=bias, bias_dtype=bias_dtype, dtype=torch.bfloat16)
+EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True})
+ALL_EXTRAS = {name: value for extra in EXTRAS for name, value in extra.items()}
+
+
+def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048, **extras):
+    return Case(seqlen, seqlen, head_dim, mask=mask, bias=bias, bias_dtype=bias_dtype, dtype=torch.bfloat16, **extras)
 
 
 LARGER = (
@@ -41,6 +45,8 @@ LARGER = (
     *(larger(head_dim, CAUSAL, "b11k") for head_dim in (64, 256)),
     *(larger(head_dim, CAUSAL, "bhqk") for head_dim in (32, 64, 128)),
     larger(64, CAUSAL, "1hqk", torch.float32),
+    *(larger(head_dim, mask, **extras) for head_dim in (64, 128, 256) for mask in (FULL, CAUSAL) for extras in EXTRAS),
+    *(larger(head_dim, CAUSAL, "1hqk", **ALL_EXTRAS) for head_dim in (64, 128)),
 )
 
 

@@ -10,9 +10,15 @@ from triton_attention import attention, ops
 from triton_attention.hopper import launch
 from triton_attention.hopper.bias import BiasTensor
 from triton_attention.hopper.plan_backward import plan_backward
-from triton_attention.problem import Mask
+from triton_attention.hopper.softmax import tanh_fraction
+from triton_attention.problem import NO_EXTRAS, Extras, Mask
 
 CAUSAL = Mask(None, 0)
+EXTRAS = {
+    "sink": Extras(sink=torch.ones(3)),
+    "softcap": Extras(softcap=30.0),
+    "slopes": Extras(alibi_slopes=torch.ones(3)),
+}
 SMS = 4  # fewer than tiles, so that a causal call counts them
 
 
@@ -109,10 +115,50 @@ def test_what_is_remembered_keeps_no_tensor_alive(variant):
     assert all(reference.expired() for reference in references)
 
 
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+def test_what_few_calls_have_is_planned_each_time_and_left_to_portable_backward(variant, extras):
+    q, k, v, _ = tensors(64, None)
+    for _ in range(2):
+        out, lse = launch.forward(q, k, v, None, CAUSAL, 0.1, extras)
+        assert (out.shape, lse.shape) == (q.shape, (2, 3, 300))
+    assert (variant.calls, launch._recipes) == ([], {})
+    assert launch.backward(q, None, q, k, v, None, out, lse, CAUSAL, 0.1, False, extras, False) is None
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((3,), (0, 1)), ((2, 3), (3, 1)), ((1, 3), (0, 1)), ((2, 1), (1, 0))])
+@pytest.mark.parametrize("mask", [CAUSAL, Mask(None, 0, top_left=True)], ids=["bottom-right", "top-left"])
+def test_slopes_are_read_by_strides_and_distances_counted_from_the_diagonal(shape, strides, mask):
+    q, k, v, _ = tensors(64, None)
+    plan = launch.plan_forward(q, k[:, :200], v[:, :200], None, mask, 0.1, SMS, Extras(alibi_slopes=torch.ones(shape)))
+    extras = plan.launch.arguments[-1].value.extras
+    assert extras.slopes[1:] == strides
+    assert extras.diagonal == (0 if mask.top_left else -100)
+
+
+@pytest.mark.parametrize("softcap", [1e-300, 30.0, 1e300])
+def test_a_softcap_and_the_factor_before_it_are_float32_numbers(softcap):
+    q, k, v, _ = tensors(64, None)
+    plan = launch.plan_forward(q, k, v, None, CAUSAL, -0.1, SMS, Extras(softcap=softcap))
+    call = plan.launch.arguments[-1].value
+    scale, cap = torch.tensor([call.scale, call.extras.softcap]).tolist()
+    assert scale * cap == pytest.approx(-0.1)
+
+
+def test_the_tanh_of_a_softcap():
+    x = torch.cat((torch.logspace(-30, 0.75, 10001), torch.linspace(1, 6, 10001)))
+    numerator, denominator = tanh_fraction(x)
+    error = (numerator / denominator).double() / x.double().tanh() - 1
+    assert error.abs().max() < 3e-5
+    numerator, denominator = tanh_fraction(torch.tensor([-6.0, 6.0]))
+    torch.testing.assert_close(numerator / denominator, torch.tensor([-1.0, 1.0]), rtol=3e-7, atol=0.0)
+
+
 def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, deterministic=False):
     """What the launcher makes of a call whose results are zeros."""
     out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-    return launch.backward(torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, deterministic)
+    return launch.backward(
+        torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, NO_EXTRAS, deterministic
+    )
 
 
 def test_the_backward_leaves_rows_that_are_not_aligned(variant):
@@ -146,7 +192,7 @@ def test_the_gradient_of_a_bias_has_its_shape_and_dtype(variant, shape, dtype):
     if shape[3] == 300:  # rows of 16 bytes
         k, v, shape = k[:, :296], v[:, :296], (*shape[:3], 296)
     bias = torch.randn(shape).to(dtype)
-    *others, dbias = backward(q, k, v, bias, needs_dbias=True)
+    *others, dbias, _ = backward(q, k, v, bias, needs_dbias=True)
     assert [x.shape for x in others] == [x.shape for x in (q, k, v)]
     assert (dbias.shape, dbias.dtype, dbias.is_contiguous()) == (bias.shape, dtype, True)
     assert backward(q, k, v, bias)[3] is None
@@ -167,7 +213,7 @@ def test_a_bias_of_keys_that_do_not_lie_side_by_side_is_read_from_a_copy(step):
 def test_the_gradient_of_a_bias_of_queries_is_that_of_their_log_sum_exp(variant):
     q, k, v, _ = tensors(64, None)
     bias, dlse = torch.randn(1, 3, 300, 1), torch.randn(2, 3, 300)
-    *_, dbias = backward(q, k, v, bias, dlse=dlse, needs_dbias=True)
+    *_, dbias, _ = backward(q, k, v, bias, dlse=dlse, needs_dbias=True)
     torch.testing.assert_close(dbias, dlse.sum(0)[None, ..., None])
     exact_bias = bias.double().requires_grad_()
     _, lse = attention(*(x.double() for x in (q, k, v)), bias=exact_bias, return_lse=True, backend="reference")
@@ -188,7 +234,7 @@ def test_when_a_backward_is_deterministic(monkeypatch, mode, asked, expected):
         @staticmethod
         def backward(*arguments):
             heard.append(arguments[-1])
-            return q, q, q, None
+            return q, q, q, None, None
 
     monkeypatch.setattr(ops, "_launcher", lambda name: Launcher)
     call = (q, q, q, *[None] * 8, 0.25, 0.0, 0.0, None, None, False, asked, "hopper")
@@ -219,4 +265,4 @@ def test_the_operator_gives_what_hopper_leaves_to_portable(monkeypatch):
     nothing = [None] * 8  # no bias, slopes, sink, boundaries, seed or longest lengths
     call = (q, q, q, *nothing, 0.25, 0.0, 0.0, None, None, False, False, "hopper")
     torch.ops.triton_attention.attention_bwd(q.clone(), None, q.clone(), lse, False, *call)
-    assert asked == [("hopper", 12), ("portable", 12)]
+    assert asked == [("hopper", 13), ("portable", 13)]

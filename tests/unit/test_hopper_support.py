@@ -64,6 +64,9 @@ def use_gpu(monkeypatch):
         {"bias": Bias((True, False, False, False), torch.float32, needs_grad=True)},
         {"bias": Bias((False, True, True, False), torch.bool, needs_grad=False)},
         {"deterministic": True, "needs_grad": True},
+        {"sink": True, "needs_grad": True},
+        {"softcap": 30.0},
+        {"alibi": True, "needs_grad": True},
     ],
     ids=str,
 )
@@ -81,9 +84,6 @@ REASONS = [
         "reads tiles whose rows start at multiples of 16 bytes, and in q, k, v or the bias some do not; contiguous "
         "tensors with a row length that is a multiple of 8 do",
     ),
-    ({"softcap": 30.0}, "has no softcap"),
-    ({"alibi": True}, "has no alibi_slopes; as a bias of shape (batch or 1, heads, seqlen_q, seqlen_k) they work"),
-    ({"sink": True}, "has no sink"),
     ({"dropout_p": 0.1}, "has no dropout"),
     ({"varlen": True}, "has no sequences of different lengths (cu_seqlens)"),
 ]

@@ -13,7 +13,6 @@ from triton.experimental.gluon import language as gl
 
 from triton_attention.hopper.channel import release, tile_of, wait_full
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
-from triton_attention.hopper.softmax import INFINITY, LOG2_E
 
 
 class BiasTensor(NamedTuple):
@@ -57,18 +56,3 @@ def load_bias(channel, row_bias, step, kept_step, SPEC: gl.constexpr, TILE: gl.c
     else:
         values = row_bias[:, None]
     return values
-
-
-@gluon.jit
-def scale_scores(scores, values, call, SPEC: gl.constexpr):
-    """(scores, scale): the scores of a block from its q k^T and bias, which times `scale` > 0 are in units of log 2."""
-    scale = LOG2_E
-    if SPEC.BIAS == "mask":
-        scores = gl.where(values != 0, scores * call.scale, -INFINITY)
-    elif SPEC.BIAS == "added":
-        scores = scores * call.scale + values.to(gl.float32)
-    elif SPEC.RAW_SCORES:
-        scale = call.scale
-    else:
-        scores = scores * call.scale
-    return scores, scale

@@ -20,8 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_global
-from triton_attention.hopper.bias import load_bias, load_row_bias, scale_scores
+from triton_attention.hopper.bias import load_bias, load_row_bias
 from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.heads import load_sink, query_head
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -29,7 +30,7 @@ from triton_attention.hopper.layouts import (
     rows_layout,
 )
 from triton_attention.hopper.schedule import announce, hear, new_ticker, next_tile, tile_range
-from triton_attention.hopper.softmax import finish, mask_scores, new_rows, weigh
+from triton_attention.hopper.softmax import INFINITY, finish, mask_scores, new_rows, scale_scores, weigh
 
 PRODUCER_REGISTERS = gl.constexpr(24)  # of a thread: it holds addresses alone
 
@@ -216,8 +217,8 @@ def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: 
 
 @gluon.jit
 def visit(
-    rows, weights, output, channels, row_bias, kept_step, i, step, n, call, SPEC: gl.constexpr, TILE: gl.constexpr,
-    INDEX: gl.constexpr, MASKED: gl.constexpr,
+    rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC: gl.constexpr,
+    TILE: gl.constexpr, INDEX: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in block n of the keys: its softmax runs under the product of the weights of the block before with v."""
     operand = as_operand(weights, channels, SPEC)
@@ -225,10 +226,10 @@ def visit(
     wait_full(channels.k, step)
     scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
     output = multiply_values(channels, operand, output, step - 1, SPEC)
-    values = load_bias(channels.bias, row_bias, step, kept_step, SPEC, TILE, INDEX)
+    values = load_bias(channels.bias, row_bias, step, kept_end - n, SPEC, TILE, INDEX)
     scores = warpgroup_mma_wait(2 if SPEC.TAIL_DV > 0 else 1, deps=[scores])
     release(channels.k, step)
-    scores, scale = scale_scores(scores, values, call, SPEC)
+    scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     if MASKED:
         scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     rows, weights, correction = weigh(rows, scores, scale)
@@ -256,7 +257,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
     step = 0
     bias_step = 0  # with BIAS_STAYS, of the last block of keys of the slab at hand
     work = hear(channels.ticker, 0, SPEC, TILE, INDEX)
-    rows = new_rows(TILE.BLOCK_N)
+    rows = new_rows(-INFINITY, SPEC, TILE.BLOCK_N)
     weights = gl.full([WARPGROUP_ROWS, TILE.BLOCK_N], 0.0, gl.float32, accumulator_layout(TILE.BLOCK_N))
     output = new_output(work, SPEC)
     while work.tile_last > 0:
@@ -272,9 +273,12 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         wait_full(channels.k, step)
         scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
         output = multiply_values(channels, operand, output, pending, SPEC)
+        head = query_head(work, call, SPEC)
+        sink = load_sink(work, call, SPEC)
         row_bias = load_row_bias(operands.bias, work.batch, work.head, work.start_m, call, SPEC, TILE)
         n = work.last - 1
-        values = load_bias(channels.bias, row_bias, step, bias_step + work.tile_last - 1 - n, SPEC, TILE, INDEX)
+        kept_end = bias_step + work.tile_last - 1  # with BIAS_STAYS, less n: where block n of the bias is
+        values = load_bias(channels.bias, row_bias, step, kept_end - n, SPEC, TILE, INDEX)
         output = wait_values(output, SPEC)
         scores = warpgroup_mma_wait(0, deps=[scores])
         release(channels.k, step)
@@ -282,30 +286,30 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
             release(channels.v, pending)
             store(operands, lse, results, output, rows, call, SPEC, TILE, INDEX)
         output = new_output(work, SPEC)
-        scores, scale = scale_scores(scores, values, call, SPEC)
+        scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         if n >= work.full_last or n < work.full_first:
             scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
-        rows, weights, _ = weigh(new_rows(TILE.BLOCK_N), scores, scale)
+        rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale)
         step += 1
 
         if SPEC.HAS_UPPER:
             for n in range(work.last - 2, max(work.full_last, work.first) - 1, -1):
                 rows, weights, output = visit(
-                    rows, weights, output, channels, row_bias, bias_step + work.tile_last - 1 - n, i, step, n, call,
-                    SPEC, TILE, INDEX, True,
+                    rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
+                    INDEX, True,
                 )  # fmt: skip
                 step += 1
         for n in range(min(work.last - 1, work.full_last) - 1, max(work.full_first, work.first) - 1, -1):
             rows, weights, output = visit(
-                rows, weights, output, channels, row_bias, bias_step + work.tile_last - 1 - n, i, step, n, call,
-                SPEC, TILE, INDEX, False,
+                rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
+                INDEX, False,
             )  # fmt: skip
             step += 1
         if SPEC.HAS_LOWER:
             for n in range(min(work.last - 1, work.full_first) - 1, work.first - 1, -1):
                 rows, weights, output = visit(
-                    rows, weights, output, channels, row_bias, bias_step + work.tile_last - 1 - n, i, step, n, call,
-                    SPEC, TILE, INDEX, True,
+                    rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
+                    INDEX, True,
                 )  # fmt: skip
                 step += 1
         release(channels.q, i)

@@ -15,27 +15,30 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows
+from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows, pointer_type
 from triton_attention.hopper.bias import BiasTensor
 from triton_attention.hopper.configs import Spec, tile_for
 from triton_attention.hopper.forward import attention_fwd
+from triton_attention.hopper.heads import Extras as KernelExtras
+from triton_attention.hopper.heads import Slopes
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.operands import bias_tensor, descriptor, row_descriptors, with_aligned_rows
 from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.hopper.schedule import Call
 from triton_attention.kernel import ForwardPlan, Launch, run, variant
-from triton_attention.problem import Mask, read_by_rows
+from triton_attention.problem import NO_EXTRAS, Extras, Mask, read_by_rows
 
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
+_SOFTCAPS = (1e-30, 1e30)  # beyond these a softcap or its reciprocal leaves float32, and no score tells them apart
 _MAX_RECIPES = 4096  # layouts that are remembered
 
 _recipes: dict[object, _Recipe] = {}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, extras: Extras = NO_EXTRAS
 ) -> tuple[Tensor, Tensor] | None:
     """(out, lse) of a validated call that is not empty; see `triton_attention.attention`.
 
@@ -48,13 +51,14 @@ def forward(
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
     key = (mask, softmax_scale, *(_layout(tensor) for tensor in tensors))
     with device_of(q):
-        recipe = _recipes.get(key)
+        recipe = _recipes.get(key) if extras.absent else None
         if recipe is None:
             if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
                 return None
-            plan = plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(q.device))
+            plan = plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(q.device), extras)
             run(plan.launch)
-            if bias is None or bias.shape[3] == 1 or has_aligned_rows(bias):  # else the plan has a copy of it
+            copies = bias is not None and bias.shape[3] > 1 and not has_aligned_rows(bias)
+            if extras.absent and not copies:  # a recipe knows neither extras nor copies that a plan made
                 if len(_recipes) >= _MAX_RECIPES:
                     _recipes.clear()
                 _recipes[key] = _Recipe(plan, tensors)
@@ -64,12 +68,15 @@ def forward(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    mask: Mask, softmax_scale: float, needs_dbias: bool, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
-    """(dq, dk, dv, dbias), each in the shape and dtype of its tensor; dbias is None unless it is needed.
+    mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None] | None:  # fmt: skip
+    """(dq, dk, dv, dbias, None), each in the shape and dtype of its tensor; dbias is None unless it is needed, and the
+    last is the gradient of the sink that is not there.
 
-    With `deterministic` dq is added up in a fixed order. None where rows are not aligned.
+    With `deterministic` dq is added up in a fixed order. None where there are extras, and where rows are not aligned.
     """
+    if not extras.absent:
+        return None
     if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
         return None
     with device_of(q):
@@ -78,7 +85,7 @@ def backward(
         )
         for launch in plan.launches:
             run(launch)
-        return plan.dq, plan.dk, plan.dv, plan.finish_dbias()
+        return plan.dq, plan.dk, plan.dv, plan.finish_dbias(), None
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -146,8 +153,9 @@ def _new_counter(like: Tensor) -> Tensor:
 
 
 def plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, num_sms: int
-) -> ForwardPlan:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, num_sms: int,
+    extras: Extras = NO_EXTRAS,
+) -> ForwardPlan:  # fmt: skip
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
     out = q.new_empty(batch, seqlen_q, heads, head_dim_v)
@@ -161,6 +169,7 @@ def plan_forward(
         if varies[1] and not varies[0]:
             bias = with_aligned_rows(bias)  # a few numbers
         bias = bias.expand(batch, heads, seqlen_q, seqlen_k)
+    capped, sloped = extras.softcap > 0.0, extras.alibi_slopes is not None
     spec = Spec(
         BLOCK_D=_split(head_dim)[0],
         BLOCK_DV=_split(head_dim_v)[0],
@@ -172,16 +181,24 @@ def plan_forward(
         BIAS_ROWS=varies[0],
         BIAS_COLS=varies[1],
         BIAS_SHARED=shared,
-        RAW_SCORES=bias is None and softmax_scale > 0.0,
+        RAW_SCORES=bias is None and softmax_scale > 0.0 and not capped and not sloped,
         UNEVEN=mask.left is None and mask.right is not None,
+        SOFTCAP=capped,
+        ALIBI=sloped,
+        SINK=extras.sink is not None,
     )
     tile = tile_for(spec, 0 if bias is None else bias.element_size(), seqlen_k)
     group = heads // heads_kv
     num_tiles = ceil_div(seqlen_q, tile.CONSUMERS * _ROWS) * heads * batch
-    call = Call(
-        seqlen_q, seqlen_k, heads, group, batch, _section(spec, batch, heads, group, seqlen_k),
-        *mask.bounds(seqlen_q, seqlen_k), softmax_scale * _LOG2_E if spec.RAW_SCORES else softmax_scale,
-    )  # fmt: skip
+    scale = softmax_scale
+    if spec.RAW_SCORES:
+        scale *= _LOG2_E
+    elif capped:
+        scale /= _softcap(extras)
+    section = _section(spec, batch, heads, group, seqlen_k)
+    bounds = mask.bounds(seqlen_q, seqlen_k)
+    call = Call(seqlen_q, seqlen_k, heads, group, batch, section, *bounds, scale)
+    numbers = _extras(extras, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
     if bias is None:
         bias_argument = ABSENT
     elif varies == (True, True):
@@ -200,7 +217,7 @@ def plan_forward(
         *row_descriptors(out, _ROWS, spec.BLOCK_DV, spec.TAIL_DV),
         flat(lse),
         Argument(counter, "*i32:16"),
-        Argument(call, _CALL_TYPES),
+        Argument(call._replace(extras=numbers.value), _CALL_TYPES._replace(extras=numbers.type)),
     )
     return ForwardPlan(out, lse, Launch(attention_fwd, programs, arguments, spec, tile))
 
@@ -213,6 +230,29 @@ def _section(spec: Spec, batch: int, heads: int, group: int, seqlen_k: int) -> i
     bytes_of_keys = 2 * seqlen_k * (spec.BLOCK_D + spec.TAIL_D + spec.BLOCK_DV + spec.TAIL_DV)
     fit = max(1, _SECTION_BYTES // bytes_of_keys) * group
     return min(ceil_div(fit, together) * together, batch * heads)
+
+
+def _softcap(extras: Extras) -> float:
+    smallest, largest = _SOFTCAPS
+    return min(max(extras.softcap, smallest), largest)
+
+
+def _extras(extras: Extras, batch: int, heads: int, diagonal: int) -> Argument:
+    """What few calls have; what is absent is None."""
+    if extras.absent:
+        return ABSENT
+    softcap = slopes = no_distance = sink = ABSENT
+    if extras.softcap > 0.0:
+        softcap = Argument(_softcap(extras), "fp32")
+    if extras.alibi_slopes is not None:
+        strides = extras.alibi_slopes.expand(batch, heads).stride()
+        types = Slopes(pointer_type(extras.alibi_slopes), "i64", "i64")
+        slopes = Argument(Slopes(extras.alibi_slopes, *strides), types)
+        no_distance = Argument(diagonal, "i32")
+    if extras.sink is not None:
+        sink = flat(extras.sink.contiguous())
+    arguments = (softcap, slopes, no_distance, sink)
+    return Argument(KernelExtras(*(x.value for x in arguments)), KernelExtras(*(x.type for x in arguments)))
 
 
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32")

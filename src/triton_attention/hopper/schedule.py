@@ -32,7 +32,8 @@ class Call(NamedTuple):
     section: object  # matrices (a head of a batch entry) whose tiles are interleaved: see `place`
     lower: object
     upper: object
-    scale: object  # of q k^T: softmax_scale * log2(e) if SPEC.RAW_SCORES, else softmax_scale
+    scale: object  # of q k^T: softmax_scale, but times log2(e) if SPEC.RAW_SCORES, and / softcap if SPEC.SOFTCAP
+    extras: object = None  # what few calls have, a heads.Extras
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language import PropagateNan
 
 from triton_attention import blocks
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, columns_layout, rows_layout
@@ -16,6 +17,8 @@ from triton_attention.hopper.layouts import WARPGROUP_ROWS, columns_layout, rows
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 INFINITY = gl.constexpr(float("inf"))
+TANH_IS_ONE = gl.constexpr(6.0)  # from there on, for our precision
+PROPAGATE_NAN = gl.constexpr(PropagateNan.ALL)
 
 allowed = gluon.jit(blocks.allowed)
 
@@ -28,11 +31,83 @@ class Rows(NamedTuple):
 
 
 @gluon.jit
-def new_rows(BLOCK_N: gl.constexpr):
-    return Rows(
-        gl.full([WARPGROUP_ROWS], -INFINITY, gl.float32, rows_layout(BLOCK_N)),
-        gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_N)),
+def new_rows(sink, SPEC: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Nothing but the sink, in units of log 2, has been seen; a sink of -inf is none."""
+    maximum = gl.full([WARPGROUP_ROWS], -INFINITY, gl.float32, rows_layout(BLOCK_N))
+    total = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_N))
+    if SPEC.SINK:
+        maximum = gl.maximum(maximum, sink)
+        total = gl.where(maximum == -INFINITY, 0.0, 1.0)
+    return Rows(maximum, total)
+
+
+def tanh_fraction(x):
+    """(numerator, denominator) of tanh(x) for |x| <= 6, within 3e-5 of it relatively.
+
+    An odd rational function with the least largest error, scaled to be 1 at 6. That error is a ninth of what one
+    rounding of a score to float16 may add.
+    """
+    square = x * x
+    numerator = (26.915928 * square + 2040.6913) * square + 17771.186
+    denominator = ((square + 312.9666) * square + 7963.4165) * square + 17770.967
+    return x * numerator, denominator
+
+
+_tanh_fraction = gluon.jit(tanh_fraction)
+
+
+@gluon.jit
+def tanh(x):
+    """Ten instructions and a reciprocal. 1 - 2 / (1 + exp(2 x)) would take two of what the hardware makes fewest of,
+    exponentials and reciprocals, and its own tanh has errors of 5e-4."""
+    x = gl.minimum(gl.maximum(x, -TANH_IS_ONE, PROPAGATE_NAN), TANH_IS_ONE, PROPAGATE_NAN)
+    numerator, denominator = _tanh_fraction(x)
+    reciprocal = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=gl.float32, is_pure=True, pack=1
     )
+    return numerator * reciprocal
+
+
+@gluon.jit
+def distances(start_m, start_n, BLOCK_N: gl.constexpr):
+    """|i - j| of the queries [start_m, start_m + 64) and the keys [start_n, start_n + BLOCK_N), as float32.
+
+    A thread has two neighbours of every eight keys. What they are within their eight is subtracted once a row, and the
+    start of the eight is a number that the compiler knows: one subtraction each, and no register holds a key.
+    """
+    rows = start_m - start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
+    cols = gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N))
+    from_eight = rows.to(gl.float32)[:, None] - (cols & 7).to(gl.float32)[None, :]
+    return gl.abs(from_eight - (cols & ~7).to(gl.float32)[None, :])
+
+
+@gluon.jit
+def scale_scores(scores, values, head, start_m, start_n, call, SPEC: gl.constexpr):
+    """(scores, scale): the scores of a block from its q k^T and bias, which times `scale` > 0 are in units of log 2."""
+    scale = LOG2_E
+    if SPEC.SOFTCAP or SPEC.ALIBI:
+        scores = scores * call.scale
+        if SPEC.SOFTCAP:
+            scores = tanh(scores)
+            if SPEC.ALIBI or SPEC.BIAS == "added":
+                scores = scores * call.extras.softcap
+            else:
+                scale = call.extras.softcap * LOG2_E
+        if SPEC.ALIBI:
+            scores -= head.slope * distances(start_m + head.diagonal, start_n, scores.shape[1])
+        if SPEC.BIAS == "added":
+            scores += values.to(gl.float32)
+        if SPEC.BIAS == "mask":
+            scores = gl.where(values != 0, scores, -INFINITY)
+    elif SPEC.BIAS == "mask":
+        scores = gl.where(values != 0, scores * call.scale, -INFINITY)
+    elif SPEC.BIAS == "added":
+        scores = scores * call.scale + values.to(gl.float32)
+    elif SPEC.RAW_SCORES:
+        scale = call.scale
+    else:
+        scores = scores * call.scale
+    return scores, scale
 
 
 @gluon.jit

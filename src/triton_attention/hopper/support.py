@@ -33,12 +33,6 @@ def why_not(problem: Problem) -> list[str]:
             "reads tiles whose rows start at multiples of 16 bytes, and in q, k, v or the bias some do not; "
             "contiguous tensors with a row length that is a multiple of 8 do"
         )
-    if problem.softcap != 0.0:
-        reasons.append("has no softcap")
-    if problem.alibi:
-        reasons.append("has no alibi_slopes; as a bias of shape (batch or 1, heads, seqlen_q, seqlen_k) they work")
-    if problem.sink:
-        reasons.append("has no sink")
     if problem.dropout_p != 0.0:
         reasons.append("has no dropout")
     if problem.varlen:

@@ -68,9 +68,12 @@ def forward(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras = NO_EXTRAS,
+    mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras = NO_EXTRAS, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed."""
+    """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed.
+
+    Each is `deterministic`, asked or not.
+    """
     with device_of(q):
         settings = Settings(mask, softmax_scale, _family(q.device), extras)
         dout, q, k, v, out = _of_four_axes(extras, dout, q, k, v, out)

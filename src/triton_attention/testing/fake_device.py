@@ -54,19 +54,21 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
     inputs = Inputs._make(None if tensor is None else tensor.detach() for tensor in inputs)
     q, k, v, bias, slopes, sink, cu_seqlens_q, cu_seqlens_k = inputs
     needs_dbias = bias is not None and bias.dtype != torch.bool
-    if backend == "hopper":
-        plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS)
-        call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
-        numbers = (problem.softmax_scale, needs_dbias)
-        both = [plan_hopper_backward(*call, *numbers, deterministic, _NUM_SMS) for deterministic in (False, True)]
-        return [plan.launch, *both[0].launches, *both[1].launches]
-    family = gpu_family(target.backend, target.arch)
     seed = torch.empty((), dtype=torch.int64, device="meta") if problem.dropout_p > 0.0 else None
     packing = None
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         packing = Packing(cu_seqlens_q, cu_seqlens_k, problem.seqlen_q, problem.seqlen_k)
         q, k, v = q[None], k[None], v[None]
     extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed, packing)
+    if backend == "hopper":
+        plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS, extras)
+        if not extras.absent:
+            return [plan.launch]
+        call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
+        numbers = (problem.softmax_scale, needs_dbias)
+        both = [plan_hopper_backward(*call, *numbers, deterministic, _NUM_SMS) for deterministic in (False, True)]
+        return [plan.launch, *both[0].launches, *both[1].launches]
+    family = gpu_family(target.backend, target.arch)
     settings = Settings(problem.mask, problem.softmax_scale, family, extras)
     forward = plan_forward(q, k, v, bias, settings)
     dout = torch.empty_like(forward.out)

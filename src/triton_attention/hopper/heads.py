@@ -1,0 +1,53 @@
+"""What is particular to one query head of one batch entry? Its ALiBi slope and its sink."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from triton_attention.hopper.softmax import INFINITY, LOG2_E
+
+
+class Slopes(NamedTuple):
+    """ALiBi's slopes (batch, heads_q): their pointer and strides, 0 where the batch shares them."""
+
+    ptr: object
+    batch: object
+    head: object
+
+
+class Extras(NamedTuple):
+    """What few calls have; each is None where SPEC says that it is absent."""
+
+    softcap: object
+    slopes: object
+    diagonal: object  # the j - i where ALiBi adds nothing
+    sink: object  # (heads_q,)
+
+
+class Head(NamedTuple):
+    """One query head of one batch entry, and what changes its scores; what is absent is 0."""
+
+    slope: object  # of ALiBi
+    diagonal: object
+
+
+@gluon.jit
+def query_head(work, call, SPEC: gl.constexpr):
+    slope, diagonal = 0.0, 0
+    if SPEC.ALIBI:
+        slopes = call.extras.slopes
+        slope = gl.load(slopes.ptr + work.batch * slopes.batch + work.head * slopes.head)
+        diagonal = call.extras.diagonal
+    return Head(slope, diagonal)
+
+
+@gluon.jit
+def load_sink(work, call, SPEC: gl.constexpr):
+    """The logit that joins the softmax's denominator, in units of log 2; -inf without one."""
+    sink = -INFINITY
+    if SPEC.SINK:
+        sink = gl.load(call.extras.sink + work.head).to(gl.float32) * LOG2_E
+    return sink
