@@ -1,6 +1,7 @@
 """Does the Hopper launcher fill in the right addresses when it meets a layout again, and refuse what it cannot take?"""
 
 import gc
+import math
 
 import pytest
 import torch
@@ -116,13 +117,49 @@ def test_what_is_remembered_keeps_no_tensor_alive(variant):
 
 
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
-def test_what_few_calls_have_is_planned_each_time_and_left_to_portable_backward(variant, extras):
+def test_what_few_calls_have_is_planned_each_time(variant, extras):
     q, k, v, _ = tensors(64, None)
     for _ in range(2):
         out, lse = launch.forward(q, k, v, None, CAUSAL, 0.1, extras)
         assert (out.shape, lse.shape) == (q.shape, (2, 3, 300))
     assert (variant.calls, launch._recipes) == ([], {})
-    assert launch.backward(q, None, q, k, v, None, out, lse, CAUSAL, 0.1, False, extras, False) is None
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+def test_what_few_calls_have_in_the_backward(variant, extras):
+    """A gradient of the bias beside scores that are changed is left to portable. A sink changes no kernel."""
+    *_, dsink = backward(*tensors(64, None), extras=extras)
+    assert (dsink is None) == (extras.sink is None)
+    plain, bias = [planned.spec for planned in variant.launches], tensors(64, (2, 3, 1, 300))
+    assert [spec.SOFTCAP or spec.ALIBI for spec in plain if hasattr(spec, "ALIBI")] == [extras.sink is None]
+    assert backward(*bias, extras=extras) is not None
+    assert (backward(*bias, extras=extras, needs_dbias=True) is None) == (extras.sink is None)
+
+
+@pytest.mark.parametrize("extras", [Extras(dropout_p=0.1, seed=torch.tensor(1)), Extras(packing=())], ids=str)
+def test_what_the_backward_leaves(variant, extras):
+    assert backward(*tensors(64, None), extras=extras) is None
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 3, 300, 1)])
+def test_the_gradient_of_a_sink_and_of_a_bias_beside_it(bias_shape):
+    """From lse and -delta, the numbers that `attention_bwd_rows` leaves."""
+    q, k, v, bias = (None if x is None else x.double() for x in tensors(16, bias_shape, torch.float32))
+    sink = torch.tensor([0.5, 2.0, -math.inf], dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (sink, bias) if x is not None]
+    k, v = k[:, :200], v[:, :200]  # the first queries see no key
+    out, lse = attention(q, k, v, bias=bias, sink=sink, causal=True, return_lse=True, backend="reference")
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    dlse = dlse.masked_fill(lse == -math.inf, 0.0)
+    exact = torch.autograd.grad([out, lse.masked_fill(lse == -math.inf, 0.0)], leaves, [dout, dlse])
+    out, lse = out.detach(), lse.detach().float()
+    bias = None if bias is None else bias.detach().float()
+    call = (dout.bfloat16(), dlse.float(), *(x.bfloat16() for x in (q, k, v)), bias, out.bfloat16(), lse)
+    plan = plan_backward(*call, CAUSAL, 0.25, bias is not None, Extras(sink=sink.detach().float()), False, SMS)
+    plan.rows[:, :, 1, :300] = (dlse - (dout * out).sum(-1).transpose(1, 2)).float()
+    torch.testing.assert_close(plan.finish_dsink().double(), exact[0], rtol=1e-4, atol=1e-4)
+    if bias is not None:
+        torch.testing.assert_close(plan.finish_dbias().double(), exact[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "strides"), [((3,), (0, 1)), ((2, 3), (3, 1)), ((1, 3), (0, 1)), ((2, 1), (1, 0))])
@@ -153,11 +190,11 @@ def test_the_tanh_of_a_softcap():
     torch.testing.assert_close(numerator / denominator, torch.tensor([-1.0, 1.0]), rtol=3e-7, atol=0.0)
 
 
-def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, deterministic=False):
+def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, extras=NO_EXTRAS, deterministic=False):
     """What the launcher makes of a call whose results are zeros."""
     out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     return launch.backward(
-        torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, NO_EXTRAS, deterministic
+        torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, extras, deterministic
     )
 
 
@@ -203,7 +240,7 @@ def test_a_bias_of_keys_that_do_not_lie_side_by_side_is_read_from_a_copy(step):
     q, k, v, _ = tensors(64, None)
     bias = torch.randn(2, 3, 1, 600).as_strided((2, 3, 1, 300), (1800, 600, 600, step))
     out, lse = torch.zeros_like(q), torch.zeros(2, 3, 300)
-    plan = plan_backward(out, None, q, k, v, bias, out, lse, CAUSAL, 0.1, False, False, SMS)
+    plan = plan_backward(out, None, q, k, v, bias, out, lse, CAUSAL, 0.1, False, NO_EXTRAS, False, SMS)
     (read,) = (argument.value for argument in plan.launches[1].arguments if isinstance(argument.value, BiasTensor))
     assert torch.equal(read.ptr, bias.expand(2, 3, 300, 300))
     assert read.ptr.stride(3) == 1

@@ -39,6 +39,7 @@ from triton_attention.hopper.channel import (
     wait_full,
     whole_tile,
 )
+from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -48,7 +49,7 @@ from triton_attention.hopper.layouts import (
 )
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import place_in_section, visible_range
-from triton_attention.hopper.softmax import INFINITY, LOG2_E, allowed, opaque_zero
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, allowed, cap_scores, distances, opaque_zero
 
 
 class BackwardCall(NamedTuple):
@@ -63,7 +64,8 @@ class BackwardCall(NamedTuple):
     lower: object
     upper: object
     softmax_scale: object
-    scale_log2: object  # softmax_scale * log2(e): scores in units of log 2
+    scale: object  # of q k^T: softmax_scale * log2(e), or if SPEC.SOFTCAP softmax_scale / softcap
+    extras: object = None  # what few calls have, a heads.Extras
 
 
 class Inputs(NamedTuple):
@@ -190,9 +192,15 @@ def load_key_bias(bias, batch, head, keys, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def weigh(scores, lse, key_bias, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
-    """exp(scores - lse) of a block, transposed: (64, BLOCK_M), float32."""
-    exponents = scores * call.scale_log2 - lse[None, :]
+def weigh(
+    scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr,
+    INDEX: gl.constexpr,
+):  # fmt: skip
+    """(exp(scores - lse) of a block, transposed: (64, BLOCK_M), float32; the derivative of a softcap)."""
+    scores, derivative = cap_scores(scores, call, SPEC)
+    exponents = scores - lse[None, :]
+    if SPEC.ALIBI:
+        exponents -= slope * distances(start_n, start_m + call.extras.diagonal, TILE.BLOCK_M)
     if SPEC.BIAS_ROWS:
         tile = channels.bias.index(step % TILE.STAGES * TILE.CONSUMERS + INDEX)
         tile = tile.reshape([TILE.BLOCK_M, WARPGROUP_ROWS]).permute((1, 0))
@@ -203,7 +211,7 @@ def weigh(scores, lse, key_bias, channels, step, call, SPEC: gl.constexpr, TILE:
             exponents += values.to(gl.float32) * LOG2_E
     elif SPEC.BIAS != "none":
         exponents += key_bias[:, None]
-    return gl.exp2(exponents)
+    return gl.exp2(exponents), derivative
 
 
 @gluon.jit
@@ -318,8 +326,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     for member in range(call.group):
         head = block.head_kv * call.group + member
         key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
+        slope = load_slope(block.batch, head, call, SPEC)
         dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
         for m in range(block.first, block.last):
+            start_m = m * BLOCK_M
             slot = step % TILE.STAGES
             q = tile_of(channels.q.tiles, channels.q, step, 0)
             dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
@@ -331,9 +341,13 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 scores = warpgroup_mma_wait(1, deps=[scores])
             else:
                 scores = warpgroup_mma_wait(0, deps=[scores])
-            weights = weigh(scores, lse, key_bias, channels, step, call, SPEC, TILE, INDEX)
+            weights, derivative = weigh(
+                scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
+            )
             if m < block.full_first or m >= block.full_last:
-                weights = mask_weights(weights, m * BLOCK_M, start_n, call, SPEC)
+                weights = mask_weights(weights, start_m, start_n, call, SPEC)
+            if SPEC.SOFTCAP:
+                factors = narrow(weights * derivative, q.dtype)
             weights = narrow(weights, q.dtype)
             operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
             if not TILE.EARLY:
@@ -342,7 +356,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
             dweights = warpgroup_mma_wait(1, deps=[dweights])
             if SPEC.DBIAS == "keys":
                 dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
-            dscores = multiply_narrow(weights, dweights)
+            if SPEC.SOFTCAP:
+                dscores = multiply_narrow(factors, dweights)
+            else:
+                dscores = multiply_narrow(weights, dweights)
             if SPEC.DQ == "added":
                 wait_empty(channels.dscores, step)
                 tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)

@@ -23,6 +23,7 @@ from triton_attention._compat import copy_to_global
 from triton_attention.hopper.backward import load_key_bias, multiply_narrow, narrow
 from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
+from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -31,7 +32,7 @@ from triton_attention.hopper.layouts import (
     rows_layout,
 )
 from triton_attention.hopper.schedule import place_in_section, visible_range
-from triton_attention.hopper.softmax import INFINITY, LOG2_E, mask_scores
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, cap_scores, distances, mask_scores
 
 
 class Inputs(NamedTuple):
@@ -111,10 +112,14 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def exponents_of(
-    scores, lse, key_bias, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
-):
-    """scores - lse of a block, in units of log 2: (64, BLOCK_N)."""
-    exponents = scores * call.scale_log2 - lse[:, None]
+    scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr,
+    INDEX: gl.constexpr,
+):  # fmt: skip
+    """(scores - lse of a block, in units of log 2: (64, BLOCK_N); the derivative of a softcap)."""
+    scores, derivative = cap_scores(scores, call, SPEC)
+    exponents = scores - lse[:, None]
+    if SPEC.ALIBI:
+        exponents -= slope * distances(start_m + call.extras.diagonal, start_n, TILE.BLOCK_N)
     if SPEC.BIAS_ROWS:
         wait_full(channels.bias, step)
         values = tile_of(channels.bias.tiles, channels.bias, step, INDEX).load(accumulator_layout(TILE.BLOCK_N))
@@ -125,7 +130,7 @@ def exponents_of(
             exponents += values.to(gl.float32) * LOG2_E
     elif SPEC.BIAS != "none":
         exponents += key_bias[None, :]
-    return exponents
+    return exponents, derivative
 
 
 @gluon.jit
@@ -143,6 +148,7 @@ def consume(
     pointers = inputs.rows + (block.batch * call.heads_q + block.head).to(gl.int64) * 2 * padded + numbers
     lse = gl.load(pointers, mask=numbers < call.seqlen_q, other=INFINITY)
     negative_delta = gl.load(pointers + padded, mask=numbers < call.seqlen_q, other=0.0)
+    slope = load_slope(block.batch, block.head, call, SPEC)
     q = tile_of(channels.q.tiles, channels.q, 0, INDEX)
     dout = tile_of(channels.dout.tiles, channels.dout, 0, INDEX)
     wait_full(channels.q, 0)
@@ -161,10 +167,12 @@ def consume(
         _, dweights = gl.broadcast(zero, negative_delta[:, None])
         dweights = warpgroup_mma(dout, v.permute((1, 0)), dweights, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        exponents = exponents_of(scores, lse, key_bias, channels, step, call, SPEC, TILE, INDEX)
+        exponents, derivative = exponents_of(
+            scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
+        )
         if n < block.full_first or n >= block.full_last:
             exponents = mask_scores(exponents, start_m, start_n, call, SPEC)
-        weights = narrow(gl.exp2(exponents), q.dtype)
+        weights = narrow(gl.exp2(exponents) * derivative, q.dtype)
         dweights = warpgroup_mma_wait(0, deps=[dweights])
         release(channels.v, step)
         dscores = multiply_narrow(weights, dweights)

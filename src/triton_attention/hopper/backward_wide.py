@@ -33,12 +33,16 @@ from triton_attention.hopper.backward import (
     weigh,
 )
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
+from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
 
 
 @gluon.jit
 def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """P^T of one block of queries after the other, for the other consumer too, and dV."""
+    """P^T of one block of queries after the other, for the other consumer too, and dV.
+
+    With a softcap the other gets P times its derivative: what dP is to be multiplied by.
+    """
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     WHOLE: gl.constexpr = 0  # of the parts of a block of keys
     block = block_of_program(call, SPEC, TILE)
@@ -51,19 +55,28 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
     for member in range(call.group):
         head = block.head_kv * call.group + member
         key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
+        slope = load_slope(block.batch, head, call, SPEC)
         for m in range(block.first, block.last):
+            start_m = m * BLOCK_M
             q = tile_of(channels.q.tiles, channels.q, step, 0)
             dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
             wait_full(channels.q, step)
             scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             lse = load_numbers(channels.rows, step % TILE.STAGES * 2)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            weights = weigh(scores, lse, key_bias, channels, step, call, SPEC, TILE, WHOLE)
+            weights, derivative = weigh(
+                scores, lse, key_bias, slope, start_m, block.start_n, channels, step, call, SPEC, TILE, WHOLE
+            )
             if m < block.full_first or m >= block.full_last:
-                weights = mask_weights(weights, m * BLOCK_M, block.start_n, call, SPEC)
-            weights = narrow(weights, q.dtype)
+                weights = mask_weights(weights, start_m, block.start_n, call, SPEC)
             wait_empty(channels.dscores, step)
-            tile_of(channels.dscores.tiles, channels.dscores, step, 0).permute((1, 0)).store(weights)
+            exchanged = tile_of(channels.dscores.tiles, channels.dscores, step, 0).permute((1, 0))
+            if SPEC.SOFTCAP:
+                exchanged.store(narrow(weights * derivative, q.dtype))
+                weights = narrow(weights, q.dtype)
+            else:
+                weights = narrow(weights, q.dtype)
+                exchanged.store(weights)
             mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
             operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
             wait_full(channels.dout, step)

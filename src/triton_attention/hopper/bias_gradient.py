@@ -195,7 +195,7 @@ def add_sharers(
             release(streams.ready, step)
             step += 1
         bias = streams.bias.tiles.index(INDEX).reshape([WARPGROUP_ROWS, BLOCK_N]).load(layout)
-        weights = gl.exp2(scores * call.scale_log2 + (bias.to(gl.float32) * LOG2_E - lse[:, None]))
+        weights = gl.exp2(scores * call.scale + (bias.to(gl.float32) * LOG2_E - lse[:, None]))
         if tile.masked:
             columns = tile.start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N)) + opaque_zero()
             visible = allowed(

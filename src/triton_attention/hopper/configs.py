@@ -139,6 +139,8 @@ class BackwardSpec:
     BIAS_ROWS: bool = False  # it varies along the queries too
     DBIAS: str = "none"  # or "keys": one number a key; or "tile": of a bias that nothing shares
     DQ: str = "apart"  # or "added": the kernel that owns keys adds up dq, in no fixed order
+    SOFTCAP: bool = False
+    ALIBI: bool = False
 
 
 @dataclass(frozen=True)

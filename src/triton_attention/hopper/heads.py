@@ -45,6 +45,16 @@ def query_head(work, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def load_slope(batch, head, call, SPEC: gl.constexpr):
+    """The slope in units of log 2, for the backward; 0 without one."""
+    slope = 0.0
+    if SPEC.ALIBI:
+        slopes = call.extras.slopes
+        slope = gl.load(slopes.ptr + batch * slopes.batch + head * slopes.head) * LOG2_E
+    return slope
+
+
+@gluon.jit
 def load_sink(work, call, SPEC: gl.constexpr):
     """The logit that joins the softmax's denominator, in units of log 2; -inf without one."""
     sink = -INFINITY

@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows, pointer_type
+from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows
 from triton_attention.hopper.bias import BiasTensor
 from triton_attention.hopper.configs import Spec, tile_for
 from triton_attention.hopper.forward import attention_fwd
-from triton_attention.hopper.heads import Extras as KernelExtras
-from triton_attention.hopper.heads import Slopes
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
-from triton_attention.hopper.operands import bias_tensor, descriptor, row_descriptors, with_aligned_rows
+from triton_attention.hopper.operands import (
+    bias_tensor,
+    descriptor,
+    extras_argument,
+    row_descriptors,
+    softcap_of,
+    with_aligned_rows,
+)
 from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.hopper.schedule import Call
 from triton_attention.kernel import ForwardPlan, Launch, run, variant
@@ -31,7 +36,6 @@ from triton_attention.problem import NO_EXTRAS, Extras, Mask, read_by_rows
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
-_SOFTCAPS = (1e-30, 1e30)  # beyond these a softcap or its reciprocal leaves float32, and no score tells them apart
 _MAX_RECIPES = 4096  # layouts that are remembered
 
 _recipes: dict[object, _Recipe] = {}
@@ -69,23 +73,26 @@ def forward(
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
     mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None] | None:  # fmt: skip
-    """(dq, dk, dv, dbias, None), each in the shape and dtype of its tensor; dbias is None unless it is needed, and the
-    last is the gradient of the sink that is not there.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
+    """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed.
 
-    With `deterministic` dq is added up in a fixed order. None where there are extras, and where rows are not aligned.
+    With `deterministic` dq is added up in a fixed order. None where rows are not aligned, with dropout and packed
+    sequences, and where the gradient of a bias is wanted beside a softcap or ALiBi.
     """
-    if not extras.absent:
-        return None
-    if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
+    if not differentiates(extras, needs_dbias) or not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
         return None
     with device_of(q):
-        plan = plan_backward(
-            dout, dlse, q, k, v, bias, out, lse, mask, softmax_scale, needs_dbias, deterministic, _num_sms(q.device)
-        )
+        numbers = (mask, softmax_scale, needs_dbias, extras, deterministic, _num_sms(q.device))
+        plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
         for launch in plan.launches:
             run(launch)
-        return plan.dq, plan.dk, plan.dv, plan.finish_dbias(), None
+        return plan.dq, plan.dk, plan.dv, plan.finish_dbias(), plan.finish_dsink()
+
+
+def differentiates(extras: Extras, needs_dbias: bool) -> bool:
+    """Whether the backward kernels take what few calls have."""
+    changes_scores = extras.softcap > 0.0 or extras.alibi_slopes is not None
+    return extras.dropout_p == 0.0 and extras.packing is None and not (changes_scores and needs_dbias)
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -194,11 +201,11 @@ def plan_forward(
     if spec.RAW_SCORES:
         scale *= _LOG2_E
     elif capped:
-        scale /= _softcap(extras)
+        scale /= softcap_of(extras)
     section = _section(spec, batch, heads, group, seqlen_k)
     bounds = mask.bounds(seqlen_q, seqlen_k)
     call = Call(seqlen_q, seqlen_k, heads, group, batch, section, *bounds, scale)
-    numbers = _extras(extras, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
+    numbers = extras_argument(extras, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
     if bias is None:
         bias_argument = ABSENT
     elif varies == (True, True):
@@ -230,29 +237,6 @@ def _section(spec: Spec, batch: int, heads: int, group: int, seqlen_k: int) -> i
     bytes_of_keys = 2 * seqlen_k * (spec.BLOCK_D + spec.TAIL_D + spec.BLOCK_DV + spec.TAIL_DV)
     fit = max(1, _SECTION_BYTES // bytes_of_keys) * group
     return min(ceil_div(fit, together) * together, batch * heads)
-
-
-def _softcap(extras: Extras) -> float:
-    smallest, largest = _SOFTCAPS
-    return min(max(extras.softcap, smallest), largest)
-
-
-def _extras(extras: Extras, batch: int, heads: int, diagonal: int) -> Argument:
-    """What few calls have; what is absent is None."""
-    if extras.absent:
-        return ABSENT
-    softcap = slopes = no_distance = sink = ABSENT
-    if extras.softcap > 0.0:
-        softcap = Argument(_softcap(extras), "fp32")
-    if extras.alibi_slopes is not None:
-        strides = extras.alibi_slopes.expand(batch, heads).stride()
-        types = Slopes(pointer_type(extras.alibi_slopes), "i64", "i64")
-        slopes = Argument(Slopes(extras.alibi_slopes, *strides), types)
-        no_distance = Argument(diagonal, "i32")
-    if extras.sink is not None:
-        sink = flat(extras.sink.contiguous())
-    arguments = (softcap, slopes, no_distance, sink)
-    return Argument(KernelExtras(*(x.value for x in arguments)), KernelExtras(*(x.type for x in arguments)))
 
 
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32")

@@ -16,12 +16,17 @@ from triton_attention.arguments import (
     Argument,
     ceil_div,
     descriptor_strides,
+    flat,
     has_aligned_rows,
     pointer_type,
 )
 from triton_attention.hopper.bias import BiasTensor
+from triton_attention.hopper.heads import Extras as KernelExtras
+from triton_attention.hopper.heads import Slopes
+from triton_attention.problem import Extras
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
+_SOFTCAPS = (1e-30, 1e30)  # beyond these a softcap or its reciprocal leaves float32, and no score tells them apart
 
 
 def with_aligned_rows(tensor: Tensor) -> Tensor:
@@ -50,6 +55,29 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
     layout = _shared_layout(rows, columns, tensor.dtype)
     made: Any = TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, layout)
     return Argument(made, f"tensordesc<{DTYPES[tensor.dtype]}{block},{layout!r}>")
+
+
+def softcap_of(extras: Extras) -> float:
+    smallest, largest = _SOFTCAPS
+    return min(max(extras.softcap, smallest), largest)
+
+
+def extras_argument(extras: Extras, batch: int, heads: int, diagonal: int) -> Argument:
+    """What few calls have; what is absent is None."""
+    if extras.absent:
+        return ABSENT
+    softcap = slopes = no_distance = sink = ABSENT
+    if extras.softcap > 0.0:
+        softcap = Argument(softcap_of(extras), "fp32")
+    if extras.alibi_slopes is not None:
+        strides = extras.alibi_slopes.expand(batch, heads).stride()
+        types = Slopes(pointer_type(extras.alibi_slopes), "i64", "i64")
+        slopes = Argument(Slopes(extras.alibi_slopes, *strides), types)
+        no_distance = Argument(diagonal, "i32")
+    if extras.sink is not None:
+        sink = flat(extras.sink.contiguous())
+    arguments = (softcap, slopes, no_distance, sink)
+    return Argument(KernelExtras(*(x.value for x in arguments)), KernelExtras(*(x.type for x in arguments)))
 
 
 @lru_cache

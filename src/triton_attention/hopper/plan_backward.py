@@ -35,10 +35,10 @@ from triton_attention.hopper.configs import (
     queries_tile_for,
 )
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
-from triton_attention.hopper.operands import bias_tensor, descriptor, row_descriptors
+from triton_attention.hopper.operands import bias_tensor, descriptor, extras_argument, row_descriptors, softcap_of
 from triton_attention.hopper.rows import PANEL, Strided, attention_bwd_dq, attention_bwd_rows
 from triton_attention.kernel import Launch
-from triton_attention.problem import Mask
+from triton_attention.problem import Extras, Mask
 
 _REGISTER_HEAD_DIM = 128  # above it a warpgroup's registers do not hold both dk and dv
 _LOG2_E = math.log2(math.e)
@@ -60,18 +60,31 @@ class BackwardPlan(NamedTuple):
     dv: Tensor
     dbias: Tensor | None
     bias: Tensor | None
+    sink: Tensor | None
+    lse: Tensor
+    rows: Tensor  # see `attention_bwd_rows`
     launches: list[Launch]
 
     def finish_dbias(self) -> Tensor | None:
         if self.dbias is None or self.bias is None:
             return None
         dbias = self.dbias.sum(0) if self.dbias.dim() > self.bias.dim() else self.dbias
+        if self.bias.shape[3] == 1 and self.sink is not None:  # what the keys' sum lacks is the sink's
+            dbias = dbias - self._dscores_of(self.sink)[..., None]
         return dbias.sum_to_size(self.bias.shape).to(self.bias.dtype).contiguous()
+
+    def finish_dsink(self) -> Tensor | None:
+        return None if self.sink is None else self._dscores_of(self.sink).sum(dim=(0, 2)).to(self.sink.dtype)
+
+    def _dscores_of(self, sink: Tensor) -> Tensor:
+        """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q)."""
+        lse = self.lse.masked_fill(self.lse == -math.inf, math.inf)
+        return torch.exp(sink.float()[:, None] - lse) * self.rows[:, :, 1, : lse.shape[2]]
 
 
 def plan_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    mask: Mask, softmax_scale: float, needs_dbias: bool, deterministic: bool, num_sms: int,
+    mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras, deterministic: bool, num_sms: int,
 ) -> BackwardPlan:  # fmt: skip
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
@@ -85,16 +98,20 @@ def plan_backward(
     adds_dq = not deterministic and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
     spec = BackwardSpec(
         block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
+        SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None,
     )  # fmt: skip
     blocks_m, group = ceil_div(seqlen_q, _ROWS), heads // heads_kv
     rows = q.new_empty(batch, heads, 2, blocks_m * _ROWS, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
     section = max(1, _SECTION_BYTES // (row_bytes * blocks_m * _ROWS * group)) if mask.right is not None else 1
+    without_sink = extras._replace(sink=None)  # it is in lse
+    kernel_extras = extras_argument(without_sink, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
     numbers = BackwardCall(
         seqlen_q, seqlen_k, heads, group, batch, min(section, batch * heads_kv), *mask.bounds(seqlen_q, seqlen_k),
-        softmax_scale, softmax_scale * _LOG2_E,
+        softmax_scale, softmax_scale / softcap_of(extras) if spec.SOFTCAP else softmax_scale * _LOG2_E,
+        kernel_extras.value,
     )  # fmt: skip
-    call = Argument(numbers, _CALL_TYPES)
+    call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type))
     tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, call)
 
     row_programs = blocks_m * heads * batch
@@ -118,7 +135,7 @@ def plan_backward(
     if bias is not None and kind == "shared":
         dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, num_sms)
         launches.append(launch)
-    return BackwardPlan(dq, dk, dv, dbias, bias, launches)
+    return BackwardPlan(dq, dk, dv, dbias, bias, extras.sink, lse, rows, launches)
 
 
 class _Tensors(NamedTuple):
@@ -220,7 +237,7 @@ def _new_dbias(kind: str, bias: Tensor | None, dlse: Tensor | None, lse: Tensor,
     if bias is None or kind in ("none", "shared"):
         return None
     if kind == "queries":
-        # Over the keys dS sums up to rowsum(P dP) - delta, which is dlse, and to nothing where no key is visible.
+        # Over keys and sink dS sums up to rowsum(P dP) - delta, which is dlse; to nothing where no key is visible.
         sums = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -math.inf, 0.0)
         return sums[..., None]
     if kind == "keys":

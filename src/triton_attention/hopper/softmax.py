@@ -117,6 +117,18 @@ def opaque_zero():
 
 
 @gluon.jit
+def cap_scores(scores, call, SPEC: gl.constexpr):
+    """(scores in units of log 2, the derivative of their cap) from q k^T, for the backward."""
+    scores = scores * call.scale
+    derivative = 1.0
+    if SPEC.SOFTCAP:
+        ratio = tanh(scores)
+        scores = ratio * (call.extras.softcap * LOG2_E)
+        derivative = 1.0 - ratio * ratio
+    return scores, derivative
+
+
+@gluon.jit
 def mask_scores(scores, start_m, start_n, call, SPEC: gl.constexpr):
     """-inf where a query of [start_m, start_m + 64) may not see a key."""
     BLOCK_N: gl.constexpr = scores.shape[1]

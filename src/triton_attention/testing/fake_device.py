@@ -62,10 +62,10 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
     extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed, packing)
     if backend == "hopper":
         plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS, extras)
-        if not extras.absent:
+        if not hopper.differentiates(extras, needs_dbias):
             return [plan.launch]
         call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
-        numbers = (problem.softmax_scale, needs_dbias)
+        numbers = (problem.softmax_scale, needs_dbias, extras)
         both = [plan_hopper_backward(*call, *numbers, deterministic, _NUM_SMS) for deterministic in (False, True)]
         return [plan.launch, *both[0].launches, *both[1].launches]
     family = gpu_family(target.backend, target.arch)
