@@ -21,7 +21,7 @@ SPILLS_ALLOWED = 320
 WINDOW = Mask(300, 200)
 
 
-EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True})
+EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True}, {"dropout_p": 0.1})
 ALL_EXTRAS = {name: value for extra in EXTRAS for name, value in extra.items()}
 
 
@@ -47,6 +47,7 @@ LARGER = (
     larger(64, CAUSAL, "1hqk", torch.float32),
     *(larger(head_dim, mask, **extras) for head_dim in (64, 128, 256) for mask in (FULL, CAUSAL) for extras in EXTRAS),
     *(larger(head_dim, CAUSAL, "1hqk", **ALL_EXTRAS) for head_dim in (64, 128)),
+    larger(64, FULL, "1hqk", dropout_p=0.1),
 )
 
 

@@ -1,9 +1,15 @@
 """Do the kernels drop what `philox.dropout_mask` says, bit for bit, forward and backward, whatever their tiles?"""
 
+from itertools import product
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from triton_attention import attention, ops
+from triton_attention.hopper.dropout import philox_words, quads_layout
+from triton_attention.philox import philox_4x32
 from triton_attention.portable import configs
 from triton_attention.portable.configs import Tile
 from triton_attention.problem import Inputs, Mask, Problem
@@ -11,6 +17,8 @@ from triton_attention.testing import next_dropout_mask
 
 RATE = 0.4
 HEADS_Q, HEADS_KV = 4, 2
+
+jit_philox_words = triton.jit(philox_words)
 
 
 def run(q, k, v, dropout_p=RATE):
@@ -66,3 +74,50 @@ def test_without_dropout_no_random_number_is_drawn():
     before = torch.get_rng_state()
     run(q, k, v, 0.0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@triton.jit
+def hopper_words(words, seed):
+    index = tl.arange(0, 16)
+    counter = index.to(tl.uint32)
+    zero = tl.to_tensor(0).to(tl.uint32)
+    first, second, third, fourth = jit_philox_words(
+        counter, (counter + 4_000_000_000).to(tl.uint32), counter * 3, zero, tl.load(seed)
+    )
+    tl.store(words + index, first.to(tl.int64))
+    tl.store(words + 16 + index, second.to(tl.int64))
+    tl.store(words + 32 + index, third.to(tl.int64))
+    tl.store(words + 48 + index, fourth.to(tl.int64))
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 5, -(2**63)])
+def test_the_words_of_hopper_are_those_of_the_reference(seed):
+    words = torch.empty(4, 16, dtype=torch.int64)
+    hopper_words[(1,)](words, torch.tensor(seed))
+    index = torch.arange(16)
+    expected = philox_4x32(
+        (index, index + 4_000_000_000, index * 3, index * 0),
+        (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32 & 0xFFFFFFFF)),
+    )
+    assert torch.equal(words, torch.stack(expected))
+
+
+def test_two_threads_share_what_four_keys_of_two_queries_take():
+    """Each evaluation has one owner, and a thread's are of rows and columns that it has in the accumulator."""
+    for columns in (32, 64, 128):
+        layout = quads_layout(columns)
+        owners = {}
+        for warp, lane, register in product(range(4), range(32), range(columns // 8)):
+            bits = [(register, layout.reg_bases), (lane, layout.lane_bases), (warp, layout.warp_bases)]
+            place = [0, 0]
+            for number, bases in bits:
+                for bit, basis in enumerate(bases):
+                    if number >> bit & 1:
+                        place = [old ^ new for old, new in zip(place, basis, strict=True)]
+            row, quad = place
+            owners.setdefault((row, quad), []).append((warp, lane))
+            assert row % 8 == lane // 4
+            assert row // 16 == warp
+            assert quad % 2 == lane % 4 // 2
+        assert len(owners) == 64 * columns // 4
+        assert all(len(who) == 1 for who in owners.values())

@@ -29,7 +29,7 @@ ARROWS = {
     "dispatch": {"hopper.support", "ops", "portable.support", "problem", "reference"},
     "ops": {"hopper.launch", "philox", "portable.launch", "problem"},
     "hopper.support": {"problem"},
-    "hopper": {"_compat", "arguments", "blocks", "hopper", "kernel", "problem"},
+    "hopper": {"_compat", "arguments", "blocks", "hopper", "kernel", "philox", "problem"},
     "portable.support": {"problem"},
     "portable": {"arguments", "blocks", "kernel", "philox", "portable", "problem"},
     "kernel": {"arguments"},

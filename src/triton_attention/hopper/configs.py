@@ -30,6 +30,7 @@ class Spec:
     UNEVEN: bool  # tiles differ in length, so that programs take them as they come: under a causal mask
     SOFTCAP: bool
     ALIBI: bool
+    DROPOUT: bool
     SINK: bool  # a logit a head joins the denominator of the softmax
 
 
@@ -70,11 +71,13 @@ class Row(NamedTuple):
     columns: bool | None = None  # whether there is a bias that varies along the keys only
     banded: bool | None = None  # whether there is a causal mask or a window
     shared: bool | None = None  # whether the batch shares the bias
+    dropout: bool | None = None  # whether there is dropout, whose random numbers want registers
     seqlen_k: range = range(2**31)
 
 
 # H100 80GB HBM3, Triton 3.6.0, bf16. Each comment has TFLOP/s; without a bias at batch * seqlen 16k, heads * d 2048.
 ROWS = (
+    Row(64, tile(3, 64, 4), bias_size=0, dropout=True),  # not timed; other tiles for this head dim spill registers
     Row(64, tile(4, 64, 4), bias_size=0, columns=True),  # vector bias, s 2k: 370; 2 x 128: 351
     Row(64, tile(3, 128, 2), bias_size=0, banded=False, seqlen_k=range(2048, 2**31)),  # s 4k, 16k: 505, 554
     Row(64, tile(4, 64, 4), bias_size=0, banded=False),  # s 512, 1k, 4k: 358, 447, 458; 3 x 128: 323, 419, 505
@@ -93,6 +96,7 @@ ROWS = (
         shared=True,
         seqlen_k=range(7 * 64 + 1),
     ),
+    Row(64, tile(2, 64, 3), bias_size=2, banded=False, dropout=True),  # not timed; four consumers spill registers
     Row(32, tile(4, 64, 4, bias_stages=3), bias_size=2, banded=False),
     Row(64, tile(4, 64, 4, q_stages=1), bias_size=2, banded=False),  # s 2k: 331; 2 x 128: 313
     Row(64, tile(2, 128, 2), bias_size=2),  # s 2k, causal: 257; 4 x 64: 192
@@ -121,6 +125,7 @@ def tile_for(spec: Spec, bias_size: int, seqlen_k: int) -> Tile:
             and row.columns in (None, spec.BIAS_COLS and not matrix)
             and row.banded in (None, banded)
             and row.shared in (None, spec.BIAS_SHARED)
+            and row.dropout in (None, spec.DROPOUT)
             and seqlen_k in row.seqlen_k
         ):
             return row.tile

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.bias import load_bias, load_row_bias
 from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.dropout import drop
 from triton_attention.hopper.heads import load_sink, query_head
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
@@ -194,7 +195,7 @@ def scaled(output, factor, SPEC: gl.constexpr):
 @gluon.jit
 def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
     """Write 64 rows of out and lse; the copies of out are under way at return."""
-    factor, lse_rows = finish(rows)
+    factor, lse_rows = finish(rows, call, SPEC)
     numbers = output.start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_N))
     origin = (output.batch * call.heads_q + output.head).to(gl.int64) * call.seqlen_q
     gl.store(lse + origin + numbers, lse_rows, mask=numbers < call.seqlen_q)
@@ -233,6 +234,7 @@ def visit(
     if MASKED:
         scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     rows, weights, correction = weigh(rows, scores, scale)
+    weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     output = wait_values(output, SPEC)
     release(channels.v, step - 1)
     return rows, weights, scaled(output, correction, SPEC)
@@ -290,6 +292,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         if n >= work.full_last or n < work.full_first:
             scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale)
+        weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         step += 1
 
         if SPEC.HAS_UPPER:

@@ -1,4 +1,4 @@
-"""What is particular to one query head of one batch entry? Its ALiBi slope and its sink."""
+"""What is particular to one query head of one batch entry? Its ALiBi slope, its sink, and dropout's seed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ class Extras(NamedTuple):
     slopes: object
     diagonal: object  # the j - i where ALiBi adds nothing
     sink: object  # (heads_q,)
+    seed: object  # of dropout: one number
+    drop_below: object  # dropout keeps a probability iff its 32 bits are at least this
+    kept_factor: object  # 1 / (1 - dropout_p)
 
 
 class Head(NamedTuple):
-    """One query head of one batch entry, and what changes its scores; what is absent is 0."""
+    """One query head of one batch entry, and what changes its scores and weights; what is absent is 0."""
 
     slope: object  # of ALiBi
     diagonal: object
+    seed: object
+    number: object  # among the query heads of all batch entries
 
 
 @gluon.jit
@@ -41,7 +46,11 @@ def query_head(work, call, SPEC: gl.constexpr):
         slopes = call.extras.slopes
         slope = gl.load(slopes.ptr + work.batch * slopes.batch + work.head * slopes.head)
         diagonal = call.extras.diagonal
-    return Head(slope, diagonal)
+    seed, number = 0, 0
+    if SPEC.DROPOUT:
+        seed = gl.load(call.extras.seed)
+        number = work.batch * call.heads_q + work.head
+    return Head(slope, diagonal, seed, number)
 
 
 @gluon.jit

@@ -192,6 +192,7 @@ def plan_forward(
         UNEVEN=mask.left is None and mask.right is not None,
         SOFTCAP=capped,
         ALIBI=sloped,
+        DROPOUT=extras.seed is not None,
         SINK=extras.sink is not None,
     )
     tile = tile_for(spec, 0 if bias is None else bias.element_size(), seqlen_k)

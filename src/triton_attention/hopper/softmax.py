@@ -154,8 +154,10 @@ def weigh(rows, scores, scale):
 
 
 @gluon.jit
-def finish(rows):
+def finish(rows, call, SPEC: gl.constexpr):
     """(factor of the accumulator, log-sum-exp): rows that saw no key give 0 and -inf."""
     empty = rows.total == 0.0
     factor = 1.0 / gl.where(empty, 1.0, rows.total)
+    if SPEC.DROPOUT:
+        factor *= call.extras.kept_factor
     return factor, gl.where(empty, -INFINITY, (rows.maximum + gl.log2(rows.total)) * LN_2)
