@@ -49,6 +49,22 @@ def visible_range(start, seqlen, seqlen_other, lower, upper, HAS_LOWER, HAS_UPPE
     return begin, full_begin, full_end, end
 
 
+def first_tile(start, sequence, BLOCK):
+    """The number of the first tile of a packed sequence that begins at row `start`.
+
+    So each sequence has one tile or more, enough for its length, and none needs a sum over those before it.
+    """
+    return start // BLOCK + sequence
+
+
+def place_of_row(row, seqlen, total):
+    """Where a row of a packed sequence is on the axis of rows of a descriptor, see `operands.packed_descriptor`.
+
+    The last row of each sequence is the last of the axis, so that copies end where the sequence does.
+    """
+    return total - seqlen + row
+
+
 def tile_order(program, num_blocks, heads, REVERSED):
     """(block, head, batch) of a program: the blocks of one head are neighbours, so that they share its keys in cache.
 

@@ -55,7 +55,7 @@ def attention_fwd(q, k, v, bias, extras, out, lse, call, SPEC: tl.constexpr, TIL
         q, head.rows_q, index, start_m, call.seqlen_q, TILE.BLOCK_M, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA, TILE.TMA,
         SPEC.VARLEN,
     )  # fmt: skip
-    state = softmax_begin(load_sink(extras, head, SPEC), SPEC, TILE)
+    state = softmax_begin(load_sink(extras, head, call, SPEC), SPEC, TILE)
     if SPEC.HAS_LOWER:
         state = attend(state, q_tile, k, v, bias, head, start_m, begin, full_begin, call, SPEC, TILE, True)
     state = attend(state, q_tile, k, v, bias, head, start_m, full_begin, full_end, call, SPEC, TILE, False)

@@ -65,9 +65,11 @@ def query_head(extras, entry, index, call, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_sink(extras, head, SPEC: tl.constexpr):
+def load_sink(extras, head, call, SPEC: tl.constexpr):
     """The logit that joins the softmax's denominator, in units of log 2; -inf without one."""
     sink = -float("inf")
     if SPEC.SINK:
         sink = tl.load(extras.sink + head.index).to(tl.float32) * LOG2_E
+        if SPEC.VARLEN:
+            sink = tl.where(head.batch < call.packing.batch, sink, -float("inf"))  # rows that no sequence has
     return sink

@@ -11,7 +11,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from triton_attention import blocks
+from triton_attention.kernel import jit_plain
 from triton_attention.portable.tiles import Call, tile_order
+
+first_tile = jit_plain(blocks.first_tile)
 
 SEARCHED_AT_ONCE = tl.constexpr(256)
 
@@ -50,16 +54,15 @@ def boundary(cu_seqlens, index, total):
 
 @triton.jit
 def sequence_of(tile, cu_seqlens, batch, total, BLOCK: tl.constexpr):
-    """(sequence, block in it) of a tile. The tiles of sequence b begin at cu_seqlens[b] // BLOCK + b, so that each has
-    one tile or more, enough for its length, without a sum over those before. Number `batch` is what no sequence has."""
+    """(sequence, block in it) of a tile: how many have begun there? Number `batch` is what no sequence has."""
     begun = 0
     for first in range(0, batch + 1, SEARCHED_AT_ONCE):
         index = first + tl.arange(0, SEARCHED_AT_ONCE)
         exists = index <= batch
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens + index, mask=exists, other=0), 0), total)
-        begun += tl.sum((exists & (start // BLOCK + index <= tile)).to(tl.int32), 0)
+        begun += tl.sum((exists & (first_tile(start, index, BLOCK) <= tile)).to(tl.int32), 0)
     sequence = tl.maximum(begun - 1, 0)
-    return sequence, tl.maximum(tile - boundary(cu_seqlens, sequence, total) // BLOCK - sequence, 0)
+    return sequence, tl.maximum(tile - first_tile(boundary(cu_seqlens, sequence, total), sequence, BLOCK), 0)
 
 
 @triton.jit

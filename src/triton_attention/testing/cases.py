@@ -164,6 +164,7 @@ CASES: tuple[Case, ...] = (
     # packed sequences: empty, of one row, longer than a block, with rows that none has, and all that may go with them
     *(Case(50, 61, 16, lengths=LENGTHS, mask=mask) for mask in (FULL, CAUSAL, CAUSAL_TOP_LEFT, Mask(9, 4))),
     Case(50, 61, 16, lengths=LENGTHS, unused=(5, 40), mask=CAUSAL),
+    Case(50, 61, 16, lengths=LENGTHS, unused=(5, 40), sink=True),
     Case(99, 99, 16, lengths=LENGTHS, bias="bhqk"),
     Case(61, 61, 40, lengths=((61, 61), (3, 3), (20, 20)), layout="packed", mask=CAUSAL),
     *(Case(50, 61, 16, lengths=LENGTHS, heads_kv=1, bias=b, mask=CAUSAL) for b in BIAS_PATTERNS),
