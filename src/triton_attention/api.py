@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_attention import dispatch, reference
+from triton_attention import dispatch, eager, reference
 from triton_attention.problem import Inputs, Mask, Problem, check_flag, check_tensor
 
+_MAX_KNOWN = 4096
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -222,7 +225,17 @@ def run(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call in any of the public forms; of packed sequences iff `inputs` has `cu_seqlens_q`."""
-    inputs, problem = _standard_form(
+    options = (mask, softmax_scale, softcap, dropout_p, deterministic, max_seqlen_q, max_seqlen_k, backend)
+    key = eager.key(inputs, options)
+    known = None
+    if key is not None:
+        try:
+            known = _known.get(key)
+        except TypeError:  # an option of a wrong type has no hash: for the validator to refuse
+            key = None
+    if known is not None:
+        return known(inputs)
+    standard, problem = _standard_form(
         inputs,
         mask=mask,
         softmax_scale=softmax_scale,
@@ -233,10 +246,19 @@ def run(
         max_seqlen_k=max_seqlen_k,
     )
     chosen = dispatch.select(problem, backend)
-    sizes = (problem.batch, problem.seqlen_q, problem.seqlen_k, inputs.q.shape[0], inputs.k.shape[0])
+    sizes = (problem.batch, problem.seqlen_q, problem.seqlen_k, standard.q.shape[0], standard.k.shape[0])
     if any(size == 0 for size in sizes):  # there is nothing to launch
-        return reference.attention(inputs, problem)
-    return chosen.run(inputs, problem)
+        return reference.attention(standard, problem)
+    in_form = all(map(operator.is_, standard, inputs))
+    if key is not None and chosen.bind is not None and in_form and eager.is_plain(inputs):
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[key] = chosen.bind(problem)
+    return chosen.run(standard, problem)
+
+
+# What runs calls that were validated and dispatched once, and are in standard form as they are.
+_known: dict[object, Callable[[Inputs], tuple[Tensor, Tensor]]] = {}
 
 
 def _standard_form(

@@ -20,12 +20,20 @@ class Backend(NamedTuple):
     name: str
     why_not: Callable[[Problem], list[str]]  # every reason, in words, why it does not run a problem; [] = it runs it
     run: Callable[[Inputs, Problem], tuple[Tensor, Tensor]]  # (out, lse)
+    # What runs plain calls (see `eager`) of a problem whose tensors have one layout; None: `run` does as well.
+    bind: Callable[[Problem], Callable[[Inputs], tuple[Tensor, Tensor]]] | None = None
 
 
 def _run_operator(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     from triton_attention import ops  # here, because it is what loads Triton
 
     return ops.attention(inputs, problem, backend)
+
+
+def _bind_launcher(problem: Problem, backend: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    from triton_attention import ops
+
+    return ops.bind(problem, backend)
 
 
 def _reference_why_not(problem: Problem) -> list[str]:
@@ -36,8 +44,10 @@ def _reference_why_not(problem: Problem) -> list[str]:
 
 
 BACKENDS: tuple[Backend, ...] = (  # in order of preference
-    Backend("hopper", hopper_support.why_not, partial(_run_operator, backend="hopper")),
-    Backend("portable", portable_support.why_not, partial(_run_operator, backend="portable")),
+    *(
+        Backend(name, support.why_not, partial(_run_operator, backend=name), partial(_bind_launcher, backend=name))
+        for name, support in (("hopper", hopper_support), ("portable", portable_support))
+    ),
     Backend("reference", _reference_why_not, reference.attention),
 )
 

@@ -6,6 +6,8 @@ runs. Outputs that are absent are empty tensors, so that the schemas have a fixe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from triton_attention import eager
 from triton_attention.philox import draw_seed
-from triton_attention.problem import Extras, Inputs, Mask, Packing, Problem
+from triton_attention.problem import NO_EXTRAS, Extras, Inputs, Mask, Packing, Problem
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? cu_seqlens_q, "
@@ -82,26 +85,72 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
                 "attention has no forward-mode derivative on the Triton backends; backend='reference' has one"
             )
     seed = draw_seed(inputs.q.device) if problem.dropout_p > 0.0 else None
-    lengths = (problem.seqlen_q, problem.seqlen_k) if problem.varlen else (None, None)
-    numbers = (problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask, problem.deterministic)
-    result: tuple[Tensor, Tensor] = torch.ops.triton_attention.attention_fwd(*inputs, seed, *lengths, *numbers, backend)
+    result: tuple[Tensor, Tensor]
+    result = torch.ops.triton_attention.attention_fwd(*inputs, seed, *_numbers(problem), backend)
     return result
 
 
+def bind(problem: Problem, backend: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    """`attention` of a problem as a function of tensors that have one layout, in plain eager calls.
+
+    It goes by the operators: nobody would see them, and the way through PyTorch's dispatcher and back to Python takes
+    longer than anything else in a call.
+    """
+    layout, numbers = object(), (*_numbers(problem), backend)
+    plain = (problem.mask, problem.softmax_scale, NO_EXTRAS, backend, layout)
+
+    def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        seed = draw_seed(problem.device) if problem.dropout_p > 0.0 else None
+        call = _Call(*inputs, seed, *numbers)
+        if not problem.needs_grad:
+            return _run(call, layout)
+        differentiable = (call.q, call.k, call.v, call.bias, call.sink)
+        result: tuple[Tensor, Tensor] = _Attention.apply(*differentiable, call, layout)  # type: ignore[no-untyped-call]
+        return result
+
+    def run_plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return _run_forward(inputs.q, inputs.k, inputs.v, inputs.bias, *plain)
+
+    has_extras = problem.softcap or problem.alibi or problem.sink or problem.dropout_p or problem.varlen
+    return run if has_extras or problem.needs_grad else run_plain
+
+
+def _numbers(problem: Problem) -> tuple[Any, ...]:
+    """What the operators take after tensors and before the backend."""
+    lengths = (problem.seqlen_q, problem.seqlen_k) if problem.varlen else (None, None)
+    return *lengths, problem.softmax_scale, problem.softcap, problem.dropout_p, *problem.mask, problem.deterministic
+
+
 _STAND_IN = {"hopper": "portable"}  # which backend runs what another's launcher leaves: see what it returns None for
+_REMEMBER = ("hopper",)  # whose launchers take what stands for the layout of a call
 
 
+@cache
 def _launcher(backend: str) -> ModuleType:
     return import_module(f"triton_attention.{backend}.launch")
 
 
 @torch.library.impl("triton_attention::attention_fwd", ("cpu", "cuda"))
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call = _Call(*arguments)
-    plain = (call.q, call.k, call.v, call.bias, call.mask, call.softmax_scale, call.extras)
-    result: tuple[Tensor, Tensor] | None = _launcher(call.backend).forward(*plain)
+    return _run(_Call(*arguments), None)
+
+
+def _run(call: _Call, layout: object) -> tuple[Tensor, Tensor]:
+    plain = (call.q, call.k, call.v, call.bias, call.mask, call.softmax_scale)
+    return _run_forward(*plain, call.extras, call.backend, layout)
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, extras: Extras,
+    backend: str, layout: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`layout` stands for everything but addresses and data of the call; None: it is not known."""
+    call = (q, k, v, bias, mask, softmax_scale, extras)
+    forward = _launcher(backend).forward
+    result: tuple[Tensor, Tensor] | None
+    result = forward(*call) if layout is None or backend not in _REMEMBER else forward(*call, known=layout)
     if result is None:
-        result = _launcher(_STAND_IN[call.backend]).forward(*plain)
+        result = _launcher(_STAND_IN[backend]).forward(*call)
         assert result is not None  # the stand-in runs everything
     return result
 
@@ -116,7 +165,12 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(*arguments)
+    return _run_backward(dout, dlse, out, lse, needs_dbias, _Call(*arguments))
+
+
+def _run_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, call: _Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, bias = call[:4]
     deterministic = call.deterministic or _must_be_deterministic()
     numbers = (call.mask, call.softmax_scale, needs_dbias, call.extras, deterministic)
@@ -147,15 +201,43 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)  # most calls use `out` alone: then there is no dlse to add
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those of q, k, v, the bias and the sink."""
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them
+    *tensors, out, lse = saved
     call = _Call(*tensors, *ctx.numbers)
     if dout is None:
         dout = torch.zeros_like(out)
-    needs_dbias = call.bias is not None and ctx.needs_input_grad[call._fields.index("bias")]
-    dq, dk, dv, dbias, dsink = torch.ops.triton_attention.attention_bwd(dout, dlse, out, lse, needs_dbias, *call)
-    gradients = {"q": dq, "k": dk, "v": dv, "bias": dbias if needs_dbias else None, "sink": dsink}
-    return tuple(gradients.get(name) if argument is not None else None for name, argument in call._asdict().items())
+    needs_dbias = call.bias is not None and ctx.needs_input_grad[_Call._fields.index("bias")]
+    given = (dout, dlse, out, lse, needs_dbias)
+    # A derivative of the derivative is asked for where gradients are recorded: the operator refuses it.
+    if eager.is_plain((dout, dlse, *saved)) and not torch.is_grad_enabled():
+        dq, dk, dv, dbias, dsink = _run_backward(*given, call)
+    else:
+        dq, dk, dv, dbias, dsink = torch.ops.triton_attention.attention_bwd(*given, *call)
+    return dq, dk, dv, dbias if needs_dbias else None, None if call.sink is None else dsink
+
+
+def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = _gradients(ctx, *gradients)
+    of = dict(zip(("q", "k", "v", "bias", "sink"), gradients, strict=True))
+    return tuple(of.get(name) for name in _Call._fields)
+
+
+class _Attention(torch.autograd.Function):
+    """What `register_autograd` makes of the operators, for plain eager calls: q, k, v, bias and sink, the whole call,
+    and what stands for its layout."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *_, call, layout = arguments
+        output = _run(call, layout)
+        _save_for_backward(ctx, call, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, *gradients), None, None
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:

@@ -22,16 +22,19 @@ ARROWS = {
     "": {"api"},
     "__main__": {"cli"},
     "cli": {"", "dispatch", "problem", "testing"},
-    "api": {"dispatch", "problem", "reference"},
+    "api": {"dispatch", "eager", "problem", "reference"},
     "compat": {"api", "compat", "problem"},
     "integrations": {"api", "problem"},
     "integrations.pytorch": {"dispatch", "ops", "problem"},
     "dispatch": {"hopper.support", "ops", "portable.support", "problem", "reference"},
-    "ops": {"hopper.launch", "philox", "portable.launch", "problem"},
+    "eager": set(),
+    "ops": {"eager", "hopper.launch", "philox", "portable.launch", "problem"},
     "hopper.support": {"problem"},
-    "hopper": {"_compat", "arguments", "blocks", "hopper", "kernel", "philox", "problem"},
+    "hopper": {"_compat", "arguments", "blocks", "eager", "hopper", "kernel", "philox", "problem", "recipes"},
     "portable.support": {"problem"},
     "portable": {"arguments", "blocks", "kernel", "philox", "portable", "problem"},
+    "recipes": {"kernel", "ready"},
+    "ready": set(),
     "kernel": {"arguments"},
     "_compat": set(),
     "arguments": {"problem"},
@@ -53,7 +56,7 @@ ARROWS = {
         "testing",
     },
 }
-MAY_IMPORT_TRITON = {"_compat", "cli", "hopper", "kernel", "portable", "testing"}
+MAY_IMPORT_TRITON = {"_compat", "cli", "hopper", "kernel", "portable", "ready", "recipes", "testing"}
 
 
 def row_of(module, rows):

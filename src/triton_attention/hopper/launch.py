@@ -7,16 +7,14 @@ one that is not there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from triton_attention import recipes
 from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows
-from triton_attention.hopper.bias import BiasTensor
+from triton_attention.eager import layout
 from triton_attention.hopper.configs import Spec, tile_for
 from triton_attention.hopper.forward import attention_fwd
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
@@ -28,49 +26,56 @@ from triton_attention.hopper.operands import (
     softcap_of,
     with_aligned_rows,
 )
-from triton_attention.hopper.plan_backward import plan_backward
+from triton_attention.hopper.plan_backward import BackwardPlan, plan_backward
 from triton_attention.hopper.schedule import Call
 from triton_attention.hopper.schedule import Packing as PackingNumbers
-from triton_attention.kernel import ForwardPlan, Launch, run, variant
+from triton_attention.kernel import ForwardPlan, Launch, run
 from triton_attention.problem import NO_EXTRAS, Extras, Mask, Packing, read_by_rows
 
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
-_MAX_RECIPES = 4096  # layouts that are remembered
-
-_recipes: dict[object, _Recipe] = {}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, extras: Extras = NO_EXTRAS
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Mask,
+    softmax_scale: float,
+    extras: Extras = NO_EXTRAS,
+    *,
+    known: object = None,
 ) -> tuple[Tensor, Tensor] | None:
     """(out, lse) of a validated call that is not empty; see `triton_attention.attention` and `attention_varlen`.
 
     None where the rows of q, k, v or a matrix of bias are not aligned: an eager call that asks the backend's `support`
     does not come here with those, but a graph of torch.compile learns strides and addresses only when it runs.
 
-    What follows from the layout of the tensors is worked out once: a call that differs in the addresses alone takes a
-    fraction of the time.
+    Without extras, what follows from the layout of the tensors is worked out once, see `recipes`; `known`, if there is
+    such an object, stands for it.
     """
-    tensors = (q, k, v) if bias is None else (q, k, v, bias)
-    key = (mask, softmax_scale, *(_layout(tensor) for tensor in tensors))
+    device = q.device
+
+    def make(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> ForwardPlan | None:
+        if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
+            return None
+        return plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(device), extras)
+
+    if known is None:
+        known = (mask, softmax_scale, *map(layout, (q, k, v, bias)))
     with device_of(q):
-        recipe = _recipes.get(key) if extras.absent else None
-        if recipe is None:
-            if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
-                return None
-            if extras.packing is not None:
-                q, k, v = q[None], k[None], v[None]
-            plan = plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(q.device), extras)
-            run(plan.launch)
-            copies = bias is not None and bias.shape[3] > 1 and not has_aligned_rows(bias)
-            if extras.absent and not copies:  # a recipe knows neither extras nor copies that a plan made
-                if len(_recipes) >= _MAX_RECIPES:
-                    _recipes.clear()
-                _recipes[key] = _Recipe(plan, tensors)
-            return (plan.out, plan.lse) if extras.packing is None else (plan.out[0], plan.lse[0])
-        return recipe.run(tensors)
+        if extras.absent:
+            plan = recipes.run(known, make, (q, k, v, bias))
+            return None if plan is None else (plan.out, plan.lse)
+        if extras.packing is not None:
+            q, k, v = q[None], k[None], v[None]
+        plan = make(q, k, v, bias)
+        if plan is None:
+            return None
+        run(plan.launch)
+        return (plan.out, plan.lse) if extras.packing is None else (plan.out[0], plan.lse[0])
 
 
 def backward(
@@ -82,79 +87,38 @@ def backward(
     With `deterministic` dq is added up in a fixed order. None where rows are not aligned, with dropout and packed
     sequences, and where the gradient of a bias is wanted beside a softcap or ALiBi.
     """
-    if not differentiates(extras, needs_dbias) or not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
+    if not differentiates(extras, needs_dbias):
         return None
+    device = q.device
+
+    def make(
+        dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor,
+        lse: Tensor,
+    ) -> BackwardPlan | None:  # fmt: skip
+        if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
+            return None
+        numbers = (mask, softmax_scale, needs_dbias, extras, deterministic, _num_sms(device))
+        return plan_backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
+
+    # What is copied is copied here, so that plans do not compute.
+    dout = dout if has_aligned_rows(dout) else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    tensors = (dout, dlse, q, k, v, bias, out, lse)
     with device_of(q):
-        numbers = (mask, softmax_scale, needs_dbias, extras, deterministic, _num_sms(q.device))
-        plan = plan_backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
-        for launch in plan.launches:
-            run(launch)
-        return plan.dq, plan.dk, plan.dv, plan.finish_dbias(), plan.finish_dsink()
+        if extras.absent:
+            key = (mask, softmax_scale, needs_dbias, deterministic, *map(layout, tensors))
+            plan = recipes.run(key, make, tensors)
+        else:
+            plan = make(*tensors)
+            for launch in () if plan is None else plan.launches:
+                run(launch)
+        return None if plan is None else (plan.dq, plan.dk, plan.dv, plan.finish_dbias(), plan.finish_dsink())
 
 
 def differentiates(extras: Extras, needs_dbias: bool) -> bool:
     """Whether the backward kernels take what few calls have."""
     changes_scores = extras.softcap > 0.0 or extras.alibi_slopes is not None
     return extras.dropout_p == 0.0 and extras.packing is None and not (changes_scores and needs_dbias)
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
-
-
-class _Address(NamedTuple):
-    """Stands in a tensor descriptor for the tensor."""
-
-    pointer: int
-
-    def data_ptr(self) -> int:
-        return self.pointer
-
-
-class _Recipe:
-    """A plan, to be run again where nothing but addresses has changed. It keeps no tensor alive."""
-
-    def __init__(self, plan: ForwardPlan, inputs: tuple[Tensor, ...]) -> None:
-        launch = plan.launch
-        *values, counter, call = (argument.value for argument in launch.arguments)
-        self._variant = variant(launch)[(launch.programs, 1, 1)]
-        self._constants = (call, launch.spec, launch.tile)
-        self._counts = counter is not plan.lse
-        self._out_shape, self._lse_shape = plan.out.shape, plan.lse.shape
-        tensors = _of_arguments(inputs, plan.out, plan.lse)
-        self._makers = [_maker(value, tensor) for value, tensor in zip(values, tensors, strict=True)]
-
-    def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        q = inputs[0]
-        out, lse = q.new_empty(self._out_shape), q.new_empty(self._lse_shape, dtype=torch.float32)
-        counter = _new_counter(q) if self._counts else lse
-        values = [make(tensor) for make, tensor in zip(self._makers, _of_arguments(inputs, out, lse), strict=True)]
-        self._variant(*values, counter, *self._constants)
-        return out, lse
-
-
-def _of_arguments(inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-    """The tensor behind each argument of the kernel up to lse: `inputs` are q, k, v and perhaps a bias."""
-    q, k, v = inputs[:3]
-    return q, q, k, k, v, v, inputs[-1], out, out, lse
-
-
-def _maker(value: Any, tensor: Tensor) -> Callable[[Tensor], Any]:
-    """What makes of another tensor of the same layout the argument that `value` is, made of `tensor`."""
-    if isinstance(value, TensorDescriptor):
-        fields = {**value.__dict__, "base": None}
-        offset = value.base.data_ptr() - tensor.data_ptr()  # of the tail
-
-        def moved(other: Tensor) -> Any:
-            made = object.__new__(TensorDescriptor)  # its constructor would check again what was checked
-            made.__dict__.update(fields, base=_Address(other.data_ptr() + offset))
-            return made
-
-        return moved
-    if isinstance(value, BiasTensor):
-        strides = value[1:]
-        return lambda other: BiasTensor(other, *strides)
-    return (lambda other: None) if value is None else (lambda other: other)
 
 
 def _new_counter(like: Tensor) -> Tensor:

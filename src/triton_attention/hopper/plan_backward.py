@@ -49,6 +49,19 @@ _TILE_M, _TILE_N = BLOCK_M.value, BLOCK_N.value
 _CALL_TYPES = BackwardCall("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
 
 
+class SinkRows(NamedTuple):
+    """A sink, and the numbers of the queries that its gradient is made of."""
+
+    sink: Tensor
+    lse: Tensor
+    rows: Tensor  # see `attention_bwd_rows`
+
+    def dscores(self) -> Tensor:
+        """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q)."""
+        lse = self.lse.masked_fill(self.lse == -math.inf, math.inf)
+        return torch.exp(self.sink.float()[:, None] - lse) * self.rows[:, :, 1, : lse.shape[2]]
+
+
 class BackwardPlan(NamedTuple):
     """The gradients, and the launches that fill them, in order.
 
@@ -60,26 +73,21 @@ class BackwardPlan(NamedTuple):
     dv: Tensor
     dbias: Tensor | None
     bias: Tensor | None
-    sink: Tensor | None
-    lse: Tensor
-    rows: Tensor  # see `attention_bwd_rows`
+    sink_rows: SinkRows | None
     launches: list[Launch]
 
     def finish_dbias(self) -> Tensor | None:
         if self.dbias is None or self.bias is None:
             return None
         dbias = self.dbias.sum(0) if self.dbias.dim() > self.bias.dim() else self.dbias
-        if self.bias.shape[3] == 1 and self.sink is not None:  # what the keys' sum lacks is the sink's
-            dbias = dbias - self._dscores_of(self.sink)[..., None]
+        if self.bias.shape[3] == 1 and self.sink_rows is not None:  # what the keys' sum lacks is the sink's
+            dbias = dbias - self.sink_rows.dscores()[..., None]
         return dbias.sum_to_size(self.bias.shape).to(self.bias.dtype).contiguous()
 
     def finish_dsink(self) -> Tensor | None:
-        return None if self.sink is None else self._dscores_of(self.sink).sum(dim=(0, 2)).to(self.sink.dtype)
-
-    def _dscores_of(self, sink: Tensor) -> Tensor:
-        """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q)."""
-        lse = self.lse.masked_fill(self.lse == -math.inf, math.inf)
-        return torch.exp(sink.float()[:, None] - lse) * self.rows[:, :, 1, : lse.shape[2]]
+        if self.sink_rows is None:
+            return None
+        return self.sink_rows.dscores().sum(dim=(0, 2)).to(self.sink_rows.sink.dtype)
 
 
 def plan_backward(
@@ -135,7 +143,8 @@ def plan_backward(
     if bias is not None and kind == "shared":
         dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, num_sms)
         launches.append(launch)
-    return BackwardPlan(dq, dk, dv, dbias, bias, extras.sink, lse, rows, launches)
+    sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows)
+    return BackwardPlan(dq, dk, dv, dbias, bias, sink_rows, launches)
 
 
 class _Tensors(NamedTuple):

@@ -27,6 +27,7 @@ class GuardedMemory:
         for owner, name, zero in (
             (torch, "empty", False),
             (torch, "empty_like", False),
+            (torch, "empty_strided", False),
             (torch, "zeros", True),
             (torch, "zeros_like", True),
             (Tensor, "new_empty", False),
