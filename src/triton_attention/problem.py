@@ -130,7 +130,13 @@ class Extras(NamedTuple):
     @property
     def absent(self) -> bool:
         """Whether a call has none of them."""
-        return self.softcap == 0.0 and all(extra is None for extra in (*self[1:3], *self[4:]))
+        return (
+            self.softcap == 0.0
+            and self.alibi_slopes is None
+            and self.sink is None
+            and self.seed is None
+            and self.packing is None
+        )
 
 
 NO_EXTRAS = Extras()

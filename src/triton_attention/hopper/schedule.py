@@ -1,9 +1,10 @@
 """Which tiles does a persistent program compute, in which order, and which blocks of keys does a tile visit?
 
 A tile is CONSUMERS * 64 queries of one head of one batch entry; tiles are numbered, see `place`. Where all are about as
-long, program p of P computes the tiles p, p + P, p + 2P, ... Under a causal mask they are not, and after its first tile
-a program takes the next one that nobody has taken, by counting up a number in global memory. With BIAS_STAYS it takes
-neighbours, which share a bias. The producer decides, and announces each tile to the consumers.
+long, program p of P computes the tiles p, p + P, p + 2P, ... Under a causal mask they are not, nor where sequences are
+packed, and after its first tile a program takes the next one that nobody has taken, by counting up a number in global
+memory. With BIAS_STAYS it takes neighbours, which share a bias. The producer decides, and announces each tile to the
+consumers.
 """
 
 from __future__ import annotations
