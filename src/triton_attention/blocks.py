@@ -57,14 +57,6 @@ def first_tile(start, sequence, BLOCK):
     return start // BLOCK + sequence
 
 
-def place_of_row(row, seqlen, total):
-    """Where a row of a packed sequence is on the axis of rows of a descriptor, see `operands.packed_descriptor`.
-
-    The last row of each sequence is the last of the axis, so that copies end where the sequence does.
-    """
-    return total - seqlen + row
-
-
 def tile_order(program, num_blocks, heads, REVERSED):
     """(block, head, batch) of a program: the blocks of one head are neighbours, so that they share its keys in cache.
 

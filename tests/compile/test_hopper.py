@@ -21,8 +21,7 @@ SPILLS_ALLOWED = 320
 WINDOW = Mask(300, 200)
 
 
-LENGTHS = ((2048, 2048), (30, 700))
-EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True}, {"dropout_p": 0.1}, {"lengths": LENGTHS})
+EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True}, {"dropout_p": 0.1})
 ALL_EXTRAS = {name: value for extra in EXTRAS for name, value in extra.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,41 +44,10 @@ def bias_tensor(tensor: Tensor) -> Argument:
     return Argument(BiasTensor(tensor, batch, head, row), BiasTensor(pointer_type(tensor), "i64", "i64", "i64"))
 
 
-def row_descriptors(
-    tensor: Tensor, rows: int, columns: int, tail: int, packed: bool = False
-) -> tuple[Argument, Argument]:
+def row_descriptors(tensor: Tensor, rows: int, columns: int, tail: int) -> tuple[Argument, Argument]:
     """Tiles of a (batch, rows, heads, columns) tensor, and of its columns beyond the first."""
     tensor = tensor.transpose(1, 2)
-    make = packed_descriptor if packed else descriptor
-    return make(tensor, rows, columns), make(tensor[..., columns:], rows, tail) if tail else ABSENT
-
-
-class Before(NamedTuple):
-    """Stands in a tensor descriptor for a tensor that begins at an address; nothing is read there."""
-
-    pointer: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.pointer
-
-
-def packed_descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
-    """Tiles of sequences packed into a (1, heads, total, columns) tensor, which end where their sequence does.
-
-    Copies know the end of an axis alone. So the axis of rows is moved until the sequence's last row is its last: at
-    (end, head, total - seqlen + row, column) is the row of the sequence of `seqlen` rows that ends before row `end`.
-    Both the first axis and that of rows go by the stride of a row, and count from `total` rows before the tensor. What
-    is read beyond a sequence is 0, and nothing is written there.
-    """
-    _, heads, total, width = tensor.shape
-    _, head, row, one = descriptor_strides(tensor)
-    base = Before((tensor.data_ptr() - total * row * tensor.element_size()) % 2**64, tensor.dtype)
-    shape, strides = [total + 1, heads, total, width], [row, head, row, one]
-    layout = _shared_layout(rows, columns, tensor.dtype)
-    block = [1, 1, rows, columns]
-    made: Any = TensorDescriptor(base, shape, strides, block, layout)
-    return Argument(made, f"tensordesc<{DTYPES[tensor.dtype]}{block},{layout!r}>")
+    return descriptor(tensor, rows, columns), descriptor(tensor[..., columns:], rows, tail) if tail else ABSENT
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
