@@ -273,14 +273,12 @@ def parts(tensor, lengths):
     return [part[None] for part in tensor.split(lengths)]
 
 
-@pytest.mark.parametrize(
-    ("backend", "head_dim"), [pytest.param("hopper", 64, marks=needs_hopper), ("portable", 64), ("portable", 59)]
-)
-def test_one_long_sequence_among_short_ones(backend, head_dim):
+@pytest.mark.parametrize("head_dim", [64, 59])
+def test_one_long_sequence_among_short_ones(head_dim):
     lengths = [4096, *range(1, 64)]
     random.Random(0).shuffle(lengths)
     leaves, how = packed(lengths, heads_kv=2, head_dim=head_dim)
-    out, lse = attention_varlen(*leaves, **how, causal=True, return_lse=True, backend=backend)
+    out, lse = attention_varlen(*leaves, **how, causal=True, return_lse=True, backend="portable")
     dout = torch.randn_like(out)
     gradients = torch.autograd.grad(out, leaves, dout)
     expected = [
@@ -295,14 +293,13 @@ def test_one_long_sequence_among_short_ones(backend, head_dim):
         close(one, torch.cat(two, dim=1)[0])
 
 
-@each_backend
-def test_a_nan_stays_in_its_sequence(backend):
+def test_a_nan_stays_in_its_sequence():
     torch.use_deterministic_algorithms(False)
     lengths = [100, 77, 300]
     leaves, how = packed(lengths)
 
     def results():
-        out = attention_varlen(*leaves, **how, causal=True, backend=backend)
+        out = attention_varlen(*leaves, **how, causal=True, backend="portable")
         return out.detach(), *torch.autograd.grad(out.float().sin().sum(), leaves)
 
     expected = results()
