@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck", "consan")
@@ -129,14 +130,18 @@ def run_kernels():
         Case(70, 91, 96, bias="b11k", dtype=torch.bfloat16),
         Case(70, 91, 128, bias="1hq1", mask=CAUSAL, dtype=torch.bfloat16),
         Case(70, 96, 256, bias="1hqk", bias_dtype=torch.bool, mask=CAUSAL, dtype=torch.bfloat16),
+        Case(70, 91, 64, softcap=20.0, alibi="h", sink=True, dropout_p=0.2, mask=CAUSAL, dtype=torch.bfloat16),
+        Case(70, 91, 256, softcap=20.0, alibi="h", sink=True, mask=CAUSAL, dtype=torch.bfloat16),
         Case(35, 47, 59, bias="1hqk", mask=CAUSAL, dtype=torch.float16),
         Case(35, 47, 40, bias="b1qk", dtype=torch.float32),
     )
-    for case in cases:
+    for case, deterministic in product(cases, (False, True)):
         inputs, _ = make_inputs(case, "cpu")
         for backend in dispatch.BACKENDS:
+            if deterministic and backend.name != "hopper":  # whose backward is another one then
+                continue
             leaves = inputs._make(x if x is None else x.detach().cuda().requires_grad_(x.requires_grad) for x in inputs)
-            problem = make_inputs(case, "meta")[1]._replace(device=leaves.q.device)
+            problem = make_inputs(case, "meta")[1]._replace(device=leaves.q.device, deterministic=deterministic)
             if backend.name == "reference" or backend.why_not(problem):
                 continue
             out, _ = backend.run(leaves, problem)
