@@ -478,12 +478,6 @@ def refused_by(backend, *reasons, **changes):
 
 CALL = "batch 2, heads 4 / 2, seqlen 3 x 5, head dim 8 / 8"
 EVERYTHING = {"softcap": 2.0, "alibi_slopes": tensor(4), "sink": tensor(4), "dropout_p": 0.5}
-HAS_NONE_OF = (
-    "has no softcap",
-    "has no alibi_slopes; as a bias of shape (batch or 1, heads, seqlen_q, seqlen_k) they work",
-    "has no sink",
-    "has no dropout",
-)
 NEEDS_A_GPU = "runs on CUDA and ROCm GPUs, and the tensors are on cpu"
 NEEDS_HOPPER = "runs on NVIDIA GPUs of compute capability 9.0, and the tensors are on cpu"
 
@@ -524,7 +518,6 @@ NO_BACKEND_ROWS = [
         "takes head dims from 8 to 256 that are multiples of 8, and they are 8 and 6",
         "reads tiles whose rows start at multiples of 16 bytes, and in q, k, v or the bias some do not; "
         "contiguous tensors with a row length that is a multiple of 8 do",
-        *HAS_NONE_OF,
         v=tensor(2, 5, 2, 6),
         **EVERYTHING,
     ),
