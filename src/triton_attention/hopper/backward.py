@@ -47,9 +47,10 @@ from triton_attention.hopper.layouts import (
     operand_layout,
     rows_layout,
 )
+from triton_attention.hopper.narrow import multiply_narrow, narrow
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import place_in_section, visible_range
-from triton_attention.hopper.softmax import INFINITY, LOG2_E, allowed, cap_scores, distances, opaque_zero
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, allowed, cap_scores, distances, opaque_zero
 
 
 class BackwardCall(NamedTuple):
@@ -153,13 +154,29 @@ class Numbers(NamedTuple):
 
 
 @gluon.jit
+def rows_origin(batch, head, call):
+    """(where the two numbers of each of a head's queries begin, how many rows there are with the padding)."""
+    padded = gl.cdiv(call.seqlen_q, WARPGROUP_ROWS) * WARPGROUP_ROWS
+    return (batch * call.heads_q + head).to(gl.int64) * 2 * padded, padded
+
+
+@gluon.jit
+def load_query_numbers(rows, batch, head, queries, call):
+    """(lse, -delta) of the queries of these numbers: those that do not exist get probabilities of 0."""
+    origin, padded = rows_origin(batch, head, call)
+    pointers = rows + origin + queries
+    lse = gl.load(pointers, mask=queries < call.seqlen_q, other=INFINITY)
+    return lse, gl.load(pointers + padded, mask=queries < call.seqlen_q, other=0.0)
+
+
+@gluon.jit
 def load_rows(rows, head, m, exists, block, call, TILE: gl.constexpr, WARPS: gl.constexpr):
-    """Ahead of when they are sent. By loads of threads, not by TMA: what a kernel just before has stored is not safe to
-    copy by it, as repeats under load showed."""
+    """Ahead of when they are sent. By loads of threads: when TMA copied them, right after the kernel that stores them,
+    repeats under load differed."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     queries = gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    padded = gl.cdiv(call.seqlen_q, BLOCK_M) * BLOCK_M
-    origin = (block.batch * call.heads_q + head).to(gl.int64) * 2 * padded + m * BLOCK_M
+    origin, padded = rows_origin(block.batch, head, call)
+    origin += m * BLOCK_M
     inside = queries < gl.where(exists, BLOCK_M, 0)
     lse = gl.load(rows + origin + queries, mask=inside, other=0.0)
     return Numbers(lse, gl.load(rows + origin + padded + queries, mask=inside, other=0.0))
@@ -225,10 +242,7 @@ def weigh(
         tile = channels.bias.index(step % TILE.STAGES * TILE.CONSUMERS + INDEX)
         tile = tile.reshape([TILE.BLOCK_M, WARPGROUP_ROWS]).permute((1, 0))
         values = tile.load(accumulator_layout(TILE.BLOCK_M))
-        if SPEC.BIAS == "mask":
-            exponents = gl.where(values != 0, exponents, -INFINITY)
-        else:
-            exponents += values.to(gl.float32) * LOG2_E
+        exponents = add_bias(exponents, values, SPEC)
     elif SPEC.BIAS != "none":
         exponents += key_bias[:, None]
     return gl.exp2(exponents), derivative
@@ -244,62 +258,6 @@ def mask_weights(weights, start_m, start_n, call, SPEC: gl.constexpr):
         queries[None, :], keys[:, None], call.seqlen_k - start_n, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
     )
     return gl.where(visible, weights, 0.0)
-
-
-@gluon.jit
-def narrow(values, DTYPE: gl.constexpr):
-    """float32 numbers as 16-bit ones, two at once. The compiler, which sees them used again one by one, would convert
-    them one by one, at a quarter of the rate."""
-    if gl.bfloat16 == DTYPE:
-        narrowed = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        narrowed = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return narrowed
-
-
-@gluon.jit
-def multiply_narrow(weights, factors):
-    """16-bit weights times float32 factors, in 16 bits. At one place, or the compiler widens the weights early, and has
-    no registers for them."""
-    if weights.dtype == gl.bfloat16:
-        product = gl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high;
-            shl.b32 low, $1, 16;
-            and.b32 high, $1, 0xffff0000;
-            mul.f32 low, low, $2;
-            mul.f32 high, high, $3;
-            cvt.rn.bf16x2.f32 $0, high, low;
-            }""",
-            "=r,r,r,r",
-            [weights, factors],
-            dtype=gl.bfloat16,
-            is_pure=False,
-            pack=2,
-        )
-    else:
-        product = gl.inline_asm_elementwise(
-            """{
-            .reg .b16 a, b;
-            .reg .f32 low, high;
-            mov.b32 {a, b}, $1;
-            cvt.f32.f16 low, a;
-            cvt.f32.f16 high, b;
-            mul.f32 low, low, $2;
-            mul.f32 high, high, $3;
-            cvt.rn.f16x2.f32 $0, high, low;
-            }""",
-            "=r,r,r,r",
-            [weights, factors],
-            dtype=gl.float16,
-            is_pure=False,
-            pack=2,
-        )
-    return product
 
 
 @gluon.jit
@@ -346,7 +304,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     for member in range(call.group):
         head = block.head_kv * call.group + member
         key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
-        slope = load_slope(block.batch, head, call, SPEC)
+        slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
         dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
         for m in range(block.first, block.last):
             start_m = m * BLOCK_M

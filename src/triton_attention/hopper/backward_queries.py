@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_global
-from triton_attention.hopper.backward import load_key_bias, multiply_narrow, narrow
+from triton_attention.hopper.backward import load_key_bias, load_query_numbers
 from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
 from triton_attention.hopper.heads import load_slope
@@ -31,8 +31,9 @@ from triton_attention.hopper.layouts import (
     operand_layout,
     rows_layout,
 )
+from triton_attention.hopper.narrow import multiply_narrow, narrow
 from triton_attention.hopper.schedule import place_in_section, visible_range
-from triton_attention.hopper.softmax import INFINITY, LOG2_E, cap_scores, distances, mask_scores
+from triton_attention.hopper.softmax import LOG2_E, add_bias, cap_scores, distances, mask_scores
 
 
 class Inputs(NamedTuple):
@@ -124,10 +125,7 @@ def exponents_of(
         wait_full(channels.bias, step)
         values = tile_of(channels.bias.tiles, channels.bias, step, INDEX).load(accumulator_layout(TILE.BLOCK_N))
         release(channels.bias, step)
-        if SPEC.BIAS == "mask":
-            exponents = gl.where(values != 0, exponents, -INFINITY)
-        else:
-            exponents += values.to(gl.float32) * LOG2_E
+        exponents = add_bias(exponents, values, SPEC)
     elif SPEC.BIAS != "none":
         exponents += key_bias[None, :]
     return exponents, derivative
@@ -144,11 +142,8 @@ def consume(
     sums = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
     zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, accumulator_layout(BLOCK_N))
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
-    padded = gl.cdiv(call.seqlen_q, TILE.ROW_PADDING) * TILE.ROW_PADDING
-    pointers = inputs.rows + (block.batch * call.heads_q + block.head).to(gl.int64) * 2 * padded + numbers
-    lse = gl.load(pointers, mask=numbers < call.seqlen_q, other=INFINITY)
-    negative_delta = gl.load(pointers + padded, mask=numbers < call.seqlen_q, other=0.0)
-    slope = load_slope(block.batch, block.head, call, SPEC)
+    lse, negative_delta = load_query_numbers(inputs.rows, block.batch, block.head, numbers, call)
+    slope = load_slope(block.batch, block.head, call, SPEC) * LOG2_E
     q = tile_of(channels.q.tiles, channels.q, 0, INDEX)
     dout = tile_of(channels.dout.tiles, channels.dout, 0, INDEX)
     wait_full(channels.q, 0)

@@ -23,9 +23,7 @@ from triton_attention.hopper.backward import (
     load_key_bias,
     load_numbers,
     mask_weights,
-    multiply_narrow,
     multiply_values,
-    narrow,
     new_channels,
     produce,
     store_key_dbias,
@@ -35,6 +33,8 @@ from triton_attention.hopper.backward import (
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
+from triton_attention.hopper.narrow import multiply_narrow, narrow
+from triton_attention.hopper.softmax import LOG2_E
 
 
 @gluon.jit
@@ -55,7 +55,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
     for member in range(call.group):
         head = block.head_kv * call.group + member
         key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
-        slope = load_slope(block.batch, head, call, SPEC)
+        slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
         for m in range(block.first, block.last):
             start_m = m * BLOCK_M
             q = tile_of(channels.q.tiles, channels.q, step, 0)

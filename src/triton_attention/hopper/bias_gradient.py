@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_shared
+from triton_attention.hopper.backward import load_query_numbers
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,
@@ -178,12 +179,9 @@ def add_sharers(
     zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, layout)
     grad = zero
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
-    padded = gl.cdiv(call.seqlen_q, TILE.ROW_PADDING) * TILE.ROW_PADDING
     for i in range(tile.first, tile.last):
         batch, head = sharer(tile, i, sharing)
-        pointers = operands.rows + (batch * call.heads_q + head).to(gl.int64) * 2 * padded + numbers
-        lse = gl.load(pointers, mask=numbers < call.seqlen_q, other=float("inf"))
-        negative_delta = gl.load(pointers + padded, mask=numbers < call.seqlen_q, other=0.0)
+        lse, negative_delta = load_query_numbers(operands.rows, batch, head, numbers, call)
         scores = zero
         dweights = zero
         for chunk in gl.static_range(CHUNKS):

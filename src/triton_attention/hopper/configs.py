@@ -172,7 +172,6 @@ class QueriesTile:
     STAGES: int  # blocks of keys in shared memory
     REGISTERS: int
     maxnreg: int
-    ROW_PADDING: int = 64  # the numbers of the queries are padded to a multiple of this
     num_warps: int = 4
 
 
@@ -201,7 +200,6 @@ class BiasGradientTile:
 
     STAGES: int  # in shared memory, of 64 columns of q, k, v and dout
     CHUNKS: int  # of 64 columns a head dimension
-    ROW_PADDING: int  # the numbers of the queries are padded to a multiple of this
     REGISTERS: int = _REGISTERS[2][0]
     maxnreg: int = _REGISTERS[2][1]
     num_warps: int = 4
@@ -274,7 +272,7 @@ def _first_row(rows: tuple[_Row, ...], spec: BackwardSpec, bias_size: int) -> _R
     return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size)
 
 
-def bias_gradient_tile(head_dim: int, bias_size: int, row_padding: int) -> BiasGradientTile:
+def bias_gradient_tile(head_dim: int, bias_size: int) -> BiasGradientTile:
     """The tile for the larger head dimension; as many stages as shared memory holds."""
     chunks = -(-head_dim // 64)
-    return BiasGradientTile(4 if head_dim <= 32 else 3 if bias_size <= 2 else 2, chunks, row_padding)
+    return BiasGradientTile(4 if head_dim <= 32 else 3 if bias_size <= 2 else 2, chunks)

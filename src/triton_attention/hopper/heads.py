@@ -40,27 +40,25 @@ class Head(NamedTuple):
 
 
 @gluon.jit
-def query_head(work, call, SPEC: gl.constexpr):
-    slope, diagonal = 0.0, 0
+def load_slope(batch, head, call, SPEC: gl.constexpr):
+    """The slope of ALiBi; 0 without one."""
+    slope = 0.0
     if SPEC.ALIBI:
         slopes = call.extras.slopes
-        slope = gl.load(slopes.ptr + work.batch * slopes.batch + work.head * slopes.head)
+        slope = gl.load(slopes.ptr + batch * slopes.batch + head * slopes.head)
+    return slope
+
+
+@gluon.jit
+def query_head(work, call, SPEC: gl.constexpr):
+    diagonal = 0
+    if SPEC.ALIBI:
         diagonal = call.extras.diagonal
     seed, number = 0, 0
     if SPEC.DROPOUT:
         seed = gl.load(call.extras.seed)
         number = work.batch * call.heads_q + work.head
-    return Head(slope, diagonal, seed, number)
-
-
-@gluon.jit
-def load_slope(batch, head, call, SPEC: gl.constexpr):
-    """The slope in units of log 2, for the backward; 0 without one."""
-    slope = 0.0
-    if SPEC.ALIBI:
-        slopes = call.extras.slopes
-        slope = gl.load(slopes.ptr + batch * slopes.batch + head * slopes.head) * LOG2_E
-    return slope
+    return Head(load_slope(work.batch, work.head, call, SPEC), diagonal, seed, number)
 
 
 @gluon.jit

@@ -37,16 +37,9 @@ _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Mask,
-    softmax_scale: float,
-    extras: Extras = NO_EXTRAS,
-    *,
-    known: object = None,
-) -> tuple[Tensor, Tensor] | None:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, extras: Extras = NO_EXTRAS,
+    *, known: object = None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """(out, lse) of a validated call that is not empty; see `triton_attention.attention`.
 
     None where the rows of q, k, v or a matrix of bias are not aligned: an eager call that asks the backend's `support`

@@ -18,7 +18,6 @@ from triton_attention.arguments import (
     Argument,
     ceil_div,
     flat,
-    has_aligned_rows,
     pointer_type,
     with_unit_last_stride,
 )
@@ -65,7 +64,7 @@ class SinkRows(NamedTuple):
 class BackwardPlan(NamedTuple):
     """The gradients, and the launches that fill them, in order.
 
-    `dbias` has the shape and dtype of the bias, or is float32 with axes that are still to be summed to `bias_shape`.
+    `dbias` has the shape and dtype of the bias, or is float32 with axes that are still to be summed to its shape.
     """
 
     dq: Tensor
@@ -94,10 +93,10 @@ def plan_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
     mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras, deterministic: bool, num_sms: int,
 ) -> BackwardPlan:  # fmt: skip
+    """Rows of dout are aligned and dlse is contiguous: a plan does not compute."""
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
     block_d, block_dv = _padded(head_dim), _padded(head_dim_v)
-    dout = dout if has_aligned_rows(dout) else dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
     addend = _Addend.of(bias, (batch, heads, seqlen_q, seqlen_k))
@@ -124,7 +123,7 @@ def plan_backward(
 
     row_programs = blocks_m * heads * batch
     variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv), RowsTile(_ROWS, min(block_d, 64)))
-    dlse_argument = ABSENT if dlse is None else flat(dlse.contiguous())
+    dlse_argument = ABSENT if dlse is None else flat(dlse)
     results = (_strided(out), _strided(dout), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
     if adds_dq:
         sums = q.new_empty(1, 1, batch * heads * blocks_m * _ROWS * block_d // _PANEL, _PANEL, dtype=torch.float32)
@@ -283,7 +282,7 @@ def _plan_shared_dbias(
         Argument(sharing, Sharing("i32", "i32", "i32", "i32")),
         call,
     )
-    tile = bias_gradient_tile(head_dim, bias.element_size(), _ROWS)
+    tile = bias_gradient_tile(head_dim, bias.element_size())
     launch = Launch(attention_bwd_dbias, min(num_sms, tiles * splits), arguments, spec, tile)
     return dbias[0] if splits == 1 else dbias, launch
 

@@ -129,6 +129,16 @@ def cap_scores(scores, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def add_bias(exponents, values, SPEC: gl.constexpr):
+    """Exponents, in units of log 2, with a bias added, or a mask's -inf, for the backward."""
+    if SPEC.BIAS == "mask":
+        exponents = gl.where(values != 0, exponents, -INFINITY)
+    else:
+        exponents += values.to(gl.float32) * LOG2_E
+    return exponents
+
+
+@gluon.jit
 def mask_scores(scores, start_m, start_n, call, SPEC: gl.constexpr):
     """-inf where a query of [start_m, start_m + 64) may not see a key."""
     BLOCK_N: gl.constexpr = scores.shape[1]

@@ -254,7 +254,7 @@ def make(trial: Trial, device: torch.device | str) -> Made:
         softmax_scale=trial.softmax_scale,
         softcap=trial.softcap,
         dropout_p=trial.dropout_p,
-        deterministic=False,
+        deterministic=trial.seed // TRIALS_OF_A_KIND % 2 == 1,  # by its kind: hopper then has other kernels
     )
     return Made(inputs, problem, buffers)
 
