@@ -1,5 +1,6 @@
 """Does every variant of the Hopper kernels compile, fit the GPU, and keep several matrix products under way?"""
 
+import re
 from unittest.mock import patch
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from triton_attention.hopper import support
 from triton_attention.hopper.configs import BACKWARD_ROWS, KEYS_ROWS, QUERIES_ROWS, ROWS
+from triton_attention.kernel import compile_launch
 from triton_attention.problem import Mask
 from triton_attention.testing import CASES, Case, make_inputs
 from triton_attention.testing.cases import CAUSAL, FULL
@@ -81,6 +83,17 @@ def test_variant_compiles(launch):
     assert resources.shared_memory <= SHARED_MEMORY, resources
     assert resources.spills <= SPILLS_ALLOWED, resources
     assert "wgmma" not in assembler_messages(launch, SM_90)  # "... instructions are serialized due to ..."
+
+
+@pytest.mark.parametrize("launch", VARIANTS)
+def test_no_shared_memory_is_unused(launch):
+    """Triton gives the memory of what nobody uses to others. Of a barrier that spoils them: see `new_barriers`."""
+    source = compile_launch(launch, SM_90).asm["ttgir"]
+    allocations = re.findall(r"(%\w+) = ttg\.local_alloc : ", source)
+    assert allocations or "ttg.warp_specialize" not in source
+    for name in allocations:
+        uses = re.findall(rf"^.*{name}\b(?! =).*$", source, re.MULTILINE)
+        assert any("init_barrier" not in use and "memdesc_index" not in use for use in uses), name
 
 
 def test_every_row_of_the_tables_is_compiled():

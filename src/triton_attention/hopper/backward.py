@@ -455,8 +455,7 @@ def new_exchange(dtype, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.co
     """The channel of dS: each consumer fills its part of a slot, and arrives itself."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_M, WARPGROUP_ROWS], dtype)
     tiles = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, 1, 1, BLOCK_M, WARPGROUP_ROWS], LAYOUT)
-    full, empty = new_barriers(SLOTS, PARTS, 1)
-    return Channel(tiles, 0, full, empty)
+    return Channel(tiles, 0, new_barriers(SLOTS, PARTS), new_barriers(SLOTS, 1))
 
 
 @gluon.jit
@@ -468,12 +467,12 @@ def new_channels(inputs, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.con
         bias_tiles = new_tiles(inputs.bias, STAGES * CONSUMERS)
     else:
         bias_tiles = 0
-    full, empty = new_barriers(STAGES, 2, READERS)  # copies complete on `full`, and threads that fill `rows` arrive
-    q = Channel(new_tiles(inputs.q, STAGES), 0, full, empty)
+    full = new_barriers(STAGES, 2)  # copies complete on it, and threads that fill `rows` arrive
+    q = Channel(new_tiles(inputs.q, STAGES), 0, full, new_barriers(STAGES, READERS))
     rows = gl.allocate_shared_memory(
         gl.float32, [STAGES * 2, TILE.BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
-    dout = new_channel(inputs.dout, None, STAGES, 1, READERS)
+    dout = Channel(new_tiles(inputs.dout, STAGES), 0, new_barriers(STAGES, 1), 0)  # emptied with q
     k = new_channel(inputs.k, None, 1, CONSUMERS, 1)
     v = new_channel(inputs.v, None, 1, CONSUMERS, 1)
     if EXCHANGES:

@@ -237,13 +237,12 @@ def attention_bwd_dbias(q, k, v, dout, bias, rows, dbias, sharing, call, SPEC: g
     """
     STAGES: gl.constexpr = TILE.STAGES
     operands = Operands(q, k, v, dout, bias, rows)
-    full, empty = new_barriers(STAGES, 1, CONSUMERS)
     streams = Streams(
         new_tiles(q, STAGES * CONSUMERS),
         new_tiles(k, STAGES),
         new_tiles(v, STAGES),
         new_tiles(dout, STAGES * CONSUMERS),
-        Channel(0, 0, full, empty),
+        Channel(0, 0, new_barriers(STAGES, 1), new_barriers(STAGES, CONSUMERS)),
         new_channel(bias, None, 1, CONSUMERS, CONSUMERS),
     )
     fence_async_shared()

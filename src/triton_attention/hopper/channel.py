@@ -23,7 +23,7 @@ class Channel(NamedTuple):
     tiles: object  # (SLOTS * PARTS, 1, 1, rows, columns) in shared memory
     tails: object  # the same for the columns that do not fit a power of two
     full: object  # (SLOTS, 1) barriers: the tiles have arrived
-    empty: object  # (SLOTS, 1) barriers: every reader is done with them
+    empty: object  # (SLOTS, 1) barriers: every reader is done with them; 0 where those of another channel say so
 
 
 @gluon.constexpr_function
@@ -47,20 +47,23 @@ def new_tiles(descriptor, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def new_barriers(SLOTS: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
-    """(full, empty): how many arrive on each barrier of a slot; a copy that completes on it is one writer."""
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+def new_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A barrier for each slot, that waits for ARRIVALS; a copy that completes on it is one.
+
+    Only for barriers that somebody waits for. Triton lets what nobody uses share its memory with a tile, and a barrier
+    that was made there spoils the tile when the GPU switches to another process and back.
+    """
+    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=WRITERS)
-        mbarrier.init(empty.index(i), count=READERS)
-    return full, empty
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
 
 
 @gluon.jit
 def new_channel(descriptor, tail, SLOTS: gl.constexpr, PARTS: gl.constexpr, READERS: gl.constexpr):
     """A channel for tiles of a descriptor and, where it is not None, of one of the tail of their columns."""
-    full, empty = new_barriers(SLOTS, 1, READERS)
+    full = new_barriers(SLOTS, 1)
+    empty = new_barriers(SLOTS, READERS)
     return Channel(new_tiles(descriptor, SLOTS * PARTS), new_tiles(tail, SLOTS * PARTS), full, empty)
 
 

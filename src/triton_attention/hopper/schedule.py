@@ -122,8 +122,7 @@ def place(tile, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 def new_ticker(TILE: gl.constexpr):
     """Brings each consumer the fields of its `Work`: (slots * consumers, fields)."""
     tiles = gl.allocate_shared_memory(gl.int32, [2 * TILE.CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    full, empty = new_barriers(2, 1, TILE.CONSUMERS)
-    return Channel(tiles, 0, full, empty)
+    return Channel(tiles, 0, new_barriers(2, 1), new_barriers(2, TILE.CONSUMERS))
 
 
 @gluon.jit
