@@ -70,7 +70,7 @@ class BackwardCall(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Tensor descriptors; `rows` is a pointer to two numbers a query, see `attention_bwd_rows`."""
+    """Tensor descriptors; `rows` has two numbers a query, see `attention_bwd_rows`."""
 
     q: object
     k: object
@@ -146,13 +146,6 @@ def following(head, m, block):
     return gl.where(wraps, head + 1, head), gl.where(wraps, block.first, m)
 
 
-class Numbers(NamedTuple):
-    """The two numbers of each query of a block: (BLOCK_M,) each."""
-
-    lse: object
-    negative_delta: object
-
-
 @gluon.jit
 def rows_origin(batch, head, call):
     """(where the two numbers of each of a head's queries begin, how many rows there are with the padding)."""
@@ -170,20 +163,7 @@ def load_query_numbers(rows, batch, head, queries, call):
 
 
 @gluon.jit
-def load_rows(rows, head, m, exists, block, call, TILE: gl.constexpr, WARPS: gl.constexpr):
-    """Ahead of when they are sent. By loads of threads: when TMA copied them, right after the kernel that stores them,
-    repeats under load differed."""
-    BLOCK_M: gl.constexpr = TILE.BLOCK_M
-    queries = gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    origin, padded = rows_origin(block.batch, head, call)
-    origin += m * BLOCK_M
-    inside = queries < gl.where(exists, BLOCK_M, 0)
-    lse = gl.load(rows + origin + queries, mask=inside, other=0.0)
-    return Numbers(lse, gl.load(rows + origin + padded + queries, mask=inside, other=0.0))
-
-
-@gluon.jit
-def send_queries(channels, inputs, numbers, step, head, m, block, SPEC: gl.constexpr, TILE: gl.constexpr):
+def send_queries(channels, inputs, step, head, m, block, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Copy the operands of a block of queries, when the consumers are done with what was in their place."""
     SLOTS: gl.constexpr = TILE.STAGES
     PARTS: gl.constexpr = TILE.CONSUMERS
@@ -192,17 +172,16 @@ def send_queries(channels, inputs, numbers, step, head, m, block, SPEC: gl.const
     start_m = m * TILE.BLOCK_M
     wait_empty(channels.q, step)
     full = channels.q.full.index(slot)
-    channels.rows.index(slot * 2).store(numbers.lse)
-    channels.rows.index(slot * 2 + 1).store(numbers.negative_delta)
-    mbarrier.arrive(full, count=1)
     if SPEC.BIAS_ROWS:
-        mbarrier.expect(full, bytes_of(inputs.q) + PARTS * bytes_of(inputs.bias))
+        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
         for part in gl.static_range(PARTS):
             place = [batch, head, start_m, block.start_n + part * WARPGROUP_ROWS]
             copy_to_shared(inputs.bias, place, full, channels.bias.index(slot * PARTS + part))
     else:
-        mbarrier.expect(full, bytes_of(inputs.q))
+        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows))
     copy_to_shared(inputs.q, [batch, head, start_m, 0], full, channels.q.tiles.index(slot))
+    for number in gl.static_range(2):
+        copy_to_shared(inputs.rows, [batch, head, number, start_m], full, channels.rows.index(slot * 2 + number))
     full = channels.dout.full.index(slot)
     mbarrier.expect(full, bytes_of(inputs.dout))
     copy_to_shared(inputs.dout, [batch, head, start_m, 0], full, channels.dout.tiles.index(slot))
@@ -211,7 +190,8 @@ def send_queries(channels, inputs, numbers, step, head, m, block, SPEC: gl.const
 @gluon.jit
 def load_numbers(tiles, index):
     """(BLOCK_M,) numbers of the queries, one for each column of transposed scores."""
-    return tiles.index(index).load(columns_layout(tiles.shape[1]))
+    SHAPE: gl.constexpr = tiles.shape
+    return tiles.index(index).reshape([SHAPE[4]]).load(columns_layout(SHAPE[4]))
 
 
 @gluon.jit
@@ -363,16 +343,13 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """A producer warp: it copies the operands of one block of queries after the other."""
     block = block_of_program(call, SPEC, TILE)
     send(channels.k, inputs.k, None, 0, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
-    steps = call.group * (block.last - block.first)
     head = block.head_kv * call.group
     m = block.first
-    numbers = load_rows(inputs.rows, head, m, steps > 0, block, call, TILE, 1)
-    for step in range(steps):
-        send_queries(channels, inputs, numbers, step, head, m, block, SPEC, TILE)
+    for step in range(call.group * (block.last - block.first)):
+        send_queries(channels, inputs, step, head, m, block, SPEC, TILE)
         if step == 0:
             send(channels.v, inputs.v, None, 0, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
         head, m = following(head, m, block)
-        numbers = load_rows(inputs.rows, head, m, step + 1 < steps, block, call, TILE, 1)
 
 
 @gluon.jit
@@ -404,13 +381,11 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     send(channels.k, inputs.k, None, 0, block.batch, block.head_kv, block.start_n, 0, PARTS)
     next_head = block.head_kv * call.group
     next_m = block.first
-    numbers = load_rows(inputs.rows, next_head, next_m, steps > 0, block, call, TILE, 4)
     for step in range(gl.minimum(STAGES, steps)):
-        send_queries(channels, inputs, numbers, step, next_head, next_m, block, SPEC, TILE)
+        send_queries(channels, inputs, step, next_head, next_m, block, SPEC, TILE)
         if step == 0:
             send(channels.v, inputs.v, None, 0, block.batch, block.head_kv, block.start_n, 0, PARTS)
         next_head, next_m = following(next_head, next_m, block)
-        numbers = load_rows(inputs.rows, next_head, next_m, step + 1 < steps, block, call, TILE, 4)
 
     zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
     blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
@@ -419,9 +394,8 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     wait_full(channels.k, 0)
     for step in range(steps):
         if step > 0 and step - 1 + STAGES < steps:  # the consumers are about done with the step before
-            send_queries(channels, inputs, numbers, step - 1 + STAGES, next_head, next_m, block, SPEC, TILE)
+            send_queries(channels, inputs, step - 1 + STAGES, next_head, next_m, block, SPEC, TILE)
             next_head, next_m = following(next_head, next_m, block)
-            numbers = load_rows(inputs.rows, next_head, next_m, step + STAGES < steps, block, call, TILE, 4)
         wait_full(channels.dscores, step)
         if SPEC.DBIAS == "tile":
             for part in gl.static_range(PARTS):
@@ -467,11 +441,8 @@ def new_channels(inputs, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.con
         bias_tiles = new_tiles(inputs.bias, STAGES * CONSUMERS)
     else:
         bias_tiles = 0
-    full = new_barriers(STAGES, 2)  # copies complete on it, and threads that fill `rows` arrive
-    q = Channel(new_tiles(inputs.q, STAGES), 0, full, new_barriers(STAGES, READERS))
-    rows = gl.allocate_shared_memory(
-        gl.float32, [STAGES * 2, TILE.BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    )
+    q = new_channel(inputs.q, None, STAGES, 1, READERS)
+    rows = new_tiles(inputs.rows, STAGES * 2)
     dout = Channel(new_tiles(inputs.dout, STAGES), 0, new_barriers(STAGES, 1), 0)  # emptied with q
     k = new_channel(inputs.k, None, 1, CONSUMERS, 1)
     v = new_channel(inputs.v, None, 1, CONSUMERS, 1)

@@ -169,7 +169,7 @@ class _Tensors(NamedTuple):
             _rows_of(self.k, _ROWS, spec.BLOCK_D),
             _rows_of(self.v, _ROWS, spec.BLOCK_DV),
             _rows_of(self.dout, _ROWS, spec.BLOCK_DV),
-            flat(self.rows),
+            descriptor(self.rows, 1, _ROWS),
             self.addend.of_keys(_ROWS),
         )
         gradients = (

@@ -70,8 +70,6 @@ def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl
     if dq_sums is not None:
         SUMS: tl.constexpr = BLOCK_M * SPEC.BLOCK_D
         tl.store(dq_sums + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
-        # The next kernel adds to them by TMA, whose view of memory is ordered after these stores by a fence alone.
-        tl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
