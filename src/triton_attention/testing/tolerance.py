@@ -86,15 +86,20 @@ def check_against_float64(
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(wanted, gradients, strict=True))}
 
     exact_inputs = _copies(inputs, torch.float64)
-    if exact_inputs.bias is not None:  # the gradient of every score, to be summed over the broadcast axes below
-        full = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
-        bias = exact_inputs.bias.detach().expand(full).contiguous()
-        exact_inputs = exact_inputs._replace(bias=bias.requires_grad_(exact_inputs.bias.requires_grad))
+    wants_dscores = extreme and not problem.varlen
+    if exact_inputs.bias is not None or wants_dscores:  # its gradient is that of every score, to be summed below
+        bias = _whole_bias(exact_inputs.bias, problem)
+        exact_inputs = exact_inputs._replace(bias=bias)
+        if bias.dtype != torch.bool:
+            bias.requires_grad_(wants_dscores or (inputs.bias is not None and inputs.bias.requires_grad))
     ours = results(attention, inputs)
     functions: list[Attention] = [same_dtype_attention, rounded_attention] if extreme else [same_dtype_attention]
     plain = [results(function, _copies(inputs)) for function in functions]
     of_float32 = _sizes_in_float32(inputs, problem, dout, dlse) if extreme else {}
     exact = results(reference.attention, exact_inputs)
+    of_dscores = _roundings_of_dscores(inputs, problem, exact["dbias"]) if wants_dscores else {}
+    if inputs.bias is None or not inputs.bias.requires_grad:
+        exact.pop("dbias", None)
 
     rows = []
     for name, true in exact.items():
@@ -112,6 +117,7 @@ def check_against_float64(
         if extreme:
             cancelling, terms = of_float32[name]
             rounding += torch.finfo(torch.float32).eps * (cancelling + math.sqrt(terms) * scale)
+            rounding += of_dscores.get(name, 0.0)
         rows.append(Row(name, _error(ours[name], true), baseline, 2 * baseline + rounding))
     return Check(rows)
 
@@ -181,6 +187,31 @@ def _sizes_in_float32(inputs: Inputs, problem: Problem, dout: Tensor, dlse: Tens
         "dbias": (dscore * math.sqrt(sums), sums),
         "dsink": (dscore * math.sqrt(problem.batch * problem.seqlen_q), problem.batch * problem.seqlen_q),
     }
+
+
+def _whole_bias(bias: Tensor | None, problem: Problem) -> Tensor:
+    """A bias in its full shape, as numbers unless the problem is packed; zeros in the place of none."""
+    full = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
+    if bias is None:
+        return torch.zeros(full, dtype=torch.float64, device=problem.device)
+    if bias.dtype == torch.bool and not problem.varlen:
+        bias = torch.zeros_like(bias, dtype=torch.float64).masked_fill(~bias, -math.inf)
+    return bias.detach().expand(full).contiguous()
+
+
+def _roundings_of_dscores(inputs: Inputs, problem: Problem, dscores: Tensor) -> dict[str, float]:
+    """How far dq and dk are moved by rounding `dscores` (batch, heads_q, seqlen_q, seqlen_k) to the dtype of q.
+
+    Each is rounded by half an epsilon at most, and errors of different numbers do not know each other, but those of
+    equal ones do: four times that of the root of the sum of squares.
+    """
+    group = problem.heads_q // problem.heads_kv
+    q, k = (tensor.detach().double().square() for tensor in inputs[:2])
+    squares = dscores.square()
+    dq = torch.einsum("bhqk,bkhd->bqhd", squares, k.repeat_interleave(group, dim=2))
+    dk = torch.einsum("bhqk,bqhd->bkhd", squares, q).unflatten(2, (problem.heads_kv, group)).sum(dim=3)
+    unit = 2 * torch.finfo(inputs.q.dtype).eps * abs(problem.softmax_scale)
+    return {"dq": unit * math.sqrt(_largest(dq)), "dk": unit * math.sqrt(_largest(dk))}
 
 
 def _longest(tensor: Tensor) -> float:
