@@ -3,12 +3,12 @@
 With P the probabilities and dP = dO V^T, the gradient of the scores is dS = P (dP - delta), where
 delta = rowsum(dO O) - dLSE. Then dQ = softmax_scale dS K, dK = softmax_scale dS^T Q, dV = P^T dO.
 
-A program owns a block of keys. Its two or three consumer warpgroups, 64 keys each, hold dK and dV in registers and
-compute transposed scores, so that P^T and dS^T are operands in registers of the products that make dV and dK. One more
-warpgroup assists: it copies the operands into shared memory, makes dQ of the dS that the consumers leave there, and
-adds it to the sum over all keys in global memory. So three or four streams of matrix products are under way, and wait
-for each other through barriers alone. Where dQ is made apart, in a fixed order (see backward_queries.py), a producer
-warp that copies takes the place of that warpgroup.
+A program takes one block of keys, or one after the other. Its two or three consumer warpgroups, 64 keys each, hold dK
+and dV in registers and compute transposed scores, so that P^T and dS^T are operands in registers of the products that
+make dV and dK. One more warpgroup assists: it copies the operands into shared memory, makes dQ of the dS that the
+consumers leave there, and adds it to the sum over all keys in global memory. So three or four streams of matrix
+products are under way, and wait for each other through barriers alone. Where dQ is made apart, in a fixed order (see
+backward_queries.py), a producer warp that copies takes the place of that warpgroup.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BackwardCall(NamedTuple):
     heads_q: object
     group: object  # query heads per key head
     batch: object
-    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `block_of_program`
+    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `block_of`
     lower: object
     upper: object
     softmax_scale: object
@@ -99,11 +99,12 @@ class Channels(NamedTuple):
     k: object
     v: object
     dscores: object
+    keys_read: object  # (KEYS_STAGES, 1) barriers: the assistant is done with k
 
 
 class Block(NamedTuple):
-    """The keys of a program, and the blocks [first, last) of queries that see some of them; those in
-    [full_first, full_last) see all, so that they need no mask."""
+    """A block of keys, and the blocks [first, last) of queries that see some of them; those in
+    [full_first, full_last) see all, so that they need no mask. Where none sees any there is one, masked out."""
 
     start_n: object
     head_kv: object
@@ -114,16 +115,30 @@ class Block(NamedTuple):
     last: object
 
 
+class Step(NamedTuple):
+    """A block of queries of a head, and the block of keys that it is for."""
+
+    head: object
+    m: object
+    block: object
+    number: object  # of that block of keys
+
+
 @gluon.jit
-def block_of_program(call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def num_blocks(call, TILE: gl.constexpr):
+    """Of keys: a program takes every `num_programs`-th, from that of its own number on."""
+    return gl.cdiv(call.seqlen_k, TILE.CONSUMERS * WARPGROUP_ROWS) * (call.heads_q // call.group) * call.batch
+
+
+@gluon.jit
+def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Blocks are ordered by sections of `call.section` matrices, whose queries fit in L2 together; within a section by
     keys, those that most queries see under a causal mask first; and then by matrix."""
     BLOCK_N: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     heads_kv = call.heads_q // call.group
     matrices = heads_kv * call.batch
-    num_blocks = gl.cdiv(call.seqlen_k, BLOCK_N)
-    block, matrix = place_in_section(gl.program_id(0), num_blocks, matrices, call.section)
+    block, matrix = place_in_section(number, gl.cdiv(call.seqlen_k, BLOCK_N), matrices, call.section)
     batch = matrix // heads_kv
     start_n = block * BLOCK_N
     begin, full_begin, full_end, end = visible_range(
@@ -132,18 +147,38 @@ def block_of_program(call, SPEC: gl.constexpr, TILE: gl.constexpr):
     )  # fmt: skip
     # Where some of the keys do not exist, a mask keeps them out of dQ.
     full_end = gl.where(start_n + BLOCK_N > call.seqlen_k, full_begin, full_end)
-    return Block(
-        start_n, matrix - batch * heads_kv, batch, begin // BLOCK_M, full_begin // BLOCK_M, full_end // BLOCK_M,
-        gl.cdiv(end, BLOCK_M),
-    )  # fmt: skip
+    first = begin // BLOCK_M
+    last = gl.cdiv(end, BLOCK_M)
+    if SPEC.HAS_UPPER or SPEC.HAS_LOWER:
+        unseen = last <= first
+        first = gl.where(unseen, 0, first)
+        last = gl.where(unseen, 1, last)
+        full_end = gl.where(unseen, 0, full_end)
+    return Block(start_n, matrix - batch * heads_kv, batch, first, full_begin // BLOCK_M, full_end // BLOCK_M, last)
 
 
 @gluon.jit
-def following(head, m, block):
-    """(head, block of queries) of the step after one: a group's heads one after the other."""
-    m += 1
-    wraps = m == block.last
-    return gl.where(wraps, head + 1, head), gl.where(wraps, block.first, m)
+def first_step(call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    number = gl.program_id(0)
+    block = block_of(number, call, SPEC, TILE)
+    return Step(block.head_kv * call.group, block.first, block, number)
+
+
+@gluon.jit
+def following(step, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The step after one: a group's heads one after the other, then the program's next block of keys."""
+    head = step.head
+    m = step.m + 1
+    block = step.block
+    number = step.number
+    if m == block.last:
+        head += 1
+        if head == (block.head_kv + 1) * call.group:
+            number += gl.num_programs(0)
+            block = block_of(gl.minimum(number, num_blocks(call, TILE) - 1), call, SPEC, TILE)
+            head = block.head_kv * call.group
+        m = block.first
+    return Step(head, m, block, number)
 
 
 @gluon.jit
@@ -163,19 +198,27 @@ def load_query_numbers(rows, batch, head, queries, call):
 
 
 @gluon.jit
-def send_queries(channels, inputs, step, head, m, block, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Copy the operands of a block of queries, when the consumers are done with what was in their place."""
+def send_keys(channels, inputs, i, block, TILE: gl.constexpr):
+    """Copy the i-th block of keys and values of this program, when what was in their place has been left."""
+    send(channels.k, inputs.k, None, i, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
+    send(channels.v, inputs.v, None, i, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
+
+
+@gluon.jit
+def send_queries(channels, inputs, i, step, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Copy the operands of the i-th step, when the consumers are done with what was in their place."""
     SLOTS: gl.constexpr = TILE.STAGES
     PARTS: gl.constexpr = TILE.CONSUMERS
-    slot = step % SLOTS
-    batch = block.batch
-    start_m = m * TILE.BLOCK_M
-    wait_empty(channels.q, step)
+    slot = i % SLOTS
+    batch = step.block.batch
+    head = step.head
+    start_m = step.m * TILE.BLOCK_M
+    wait_empty(channels.q, i)
     full = channels.q.full.index(slot)
     if SPEC.BIAS_ROWS:
         mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
         for part in gl.static_range(PARTS):
-            place = [batch, head, start_m, block.start_n + part * WARPGROUP_ROWS]
+            place = [batch, head, start_m, step.block.start_n + part * WARPGROUP_ROWS]
             copy_to_shared(inputs.bias, place, full, channels.bias.index(slot * PARTS + part))
     else:
         mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows))
@@ -256,10 +299,10 @@ def store_key_dbias(pointer, dbias, batch, head, keys, call):
 
 
 @gluon.jit
-def store_rows(descriptor, channel, values, block, start_n, INDEX: gl.constexpr):
-    """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of K or V."""
+def store_rows(descriptor, channel, i, values, block, start_n, INDEX: gl.constexpr):
+    """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of the i-th K or V."""
     SHAPE: gl.constexpr = values.shape
-    tile = channel.tiles.index(INDEX)
+    tile = whole_tile(channel.tiles, channel, i, INDEX)
     tile.reshape([SHAPE[0], SHAPE[1]]).store(values.to(descriptor.dtype))
     fence_async_shared()
     copy_to_global(descriptor, [block.batch, block.head_kv, start_n, 0], tile)
@@ -267,89 +310,96 @@ def store_rows(descriptor, channel, values, block, start_n, INDEX: gl.constexpr)
 
 @gluon.jit
 def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
-    """A consumer warpgroup: the keys [64 INDEX, 64 INDEX + 64) of the block."""
+    """A consumer warpgroup: the keys [64 INDEX, 64 INDEX + 64) of each block."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
-    block = block_of_program(call, SPEC, TILE)
-    start_n = block.start_n + INDEX * WARPGROUP_ROWS
-    exists = block.last > block.first
-    dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
-    dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
-    keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
-    k = tile_of(channels.k.tiles, channels.k, 0, INDEX)
-    v = tile_of(channels.v.tiles, channels.v, 0, INDEX)
-    wait_full(channels.k, 0)
-    wait_full(channels.v, 0, exists)
     step = 0
-    for member in range(call.group):
-        head = block.head_kv * call.group + member
-        key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
-        slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
-        dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
-        for m in range(block.first, block.last):
-            start_m = m * BLOCK_M
-            slot = step % TILE.STAGES
-            q = tile_of(channels.q.tiles, channels.q, step, 0)
-            dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
-            wait_full(channels.q, step)
-            scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-            lse = load_numbers(channels.rows, slot * 2)
-            if TILE.EARLY:
-                dweights = multiply_values(channels, v, dout, zero, step, slot)
-                scores = warpgroup_mma_wait(1, deps=[scores])
-            else:
-                scores = warpgroup_mma_wait(0, deps=[scores])
-            weights, derivative = weigh(
-                scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
-            )
-            if m < block.full_first or m >= block.full_last:
-                weights = mask_weights(weights, start_m, start_n, call, SPEC)
-            if SPEC.SOFTCAP:
-                factors = narrow(weights * derivative, q.dtype)
-            weights = narrow(weights, q.dtype)
-            operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
-            if not TILE.EARLY:
-                dweights = multiply_values(channels, v, dout, zero, step, slot)
-            dv = warpgroup_mma(operand, dout, dv, is_async=True)
-            dweights = warpgroup_mma_wait(1, deps=[dweights])
+    i = 0
+    for number in range(gl.program_id(0), num_blocks(call, TILE), gl.num_programs(0)):
+        block = block_of(number, call, SPEC, TILE)
+        start_n = block.start_n + INDEX * WARPGROUP_ROWS
+        dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
+        dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
+        keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
+        k = tile_of(channels.k.tiles, channels.k, i, INDEX)
+        v = tile_of(channels.v.tiles, channels.v, i, INDEX)
+        wait_full(channels.k, i)
+        wait_full(channels.v, i)
+        for member in range(call.group):
+            head = block.head_kv * call.group + member
+            key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
+            slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
+            dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
+            for m in range(block.first, block.last):
+                start_m = m * BLOCK_M
+                slot = step % TILE.STAGES
+                q = tile_of(channels.q.tiles, channels.q, step, 0)
+                dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+                wait_full(channels.q, step)
+                scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                lse = load_numbers(channels.rows, slot * 2)
+                if TILE.EARLY:
+                    dweights = multiply_values(channels, v, dout, zero, step, slot)
+                    scores = warpgroup_mma_wait(1, deps=[scores])
+                else:
+                    scores = warpgroup_mma_wait(0, deps=[scores])
+                weights, derivative = weigh(
+                    scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
+                )
+                if m < block.full_first or m >= block.full_last:
+                    weights = mask_weights(weights, start_m, start_n, call, SPEC)
+                if SPEC.SOFTCAP:
+                    factors = narrow(weights * derivative, q.dtype)
+                weights = narrow(weights, q.dtype)
+                operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
+                if not TILE.EARLY:
+                    dweights = multiply_values(channels, v, dout, zero, step, slot)
+                dv = warpgroup_mma(operand, dout, dv, is_async=True)
+                dweights = warpgroup_mma_wait(1, deps=[dweights])
+                if SPEC.DBIAS == "keys":
+                    dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
+                if SPEC.SOFTCAP:
+                    dscores = multiply_narrow(factors, dweights)
+                else:
+                    dscores = multiply_narrow(weights, dweights)
+                if SPEC.DQ == "added":
+                    wait_empty(channels.dscores, step)
+                    tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
+                    fence_async_shared()
+                    mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+                operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
+                dk = warpgroup_mma(operand, q, dk, is_async=True)
+                dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+                release(channels.q, step)
+                step += 1
             if SPEC.DBIAS == "keys":
-                dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
-            if SPEC.SOFTCAP:
-                dscores = multiply_narrow(factors, dweights)
-            else:
-                dscores = multiply_narrow(weights, dweights)
-            if SPEC.DQ == "added":
-                wait_empty(channels.dscores, step)
-                tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
-                fence_async_shared()
-                mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
-            operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
-            dk = warpgroup_mma(operand, q, dk, is_async=True)
-            dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
-            release(channels.q, step)
-            step += 1
-        if SPEC.DBIAS == "keys":
-            store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
+                store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
 
-    store_rows(gradients.dv, channels.v, dv, block, start_n, INDEX)
-    if SPEC.DQ == "added":
-        mbarrier.wait(channels.k.empty.index(0), 0)  # the assistant is done with K
-    store_rows(gradients.dk, channels.k, dk * call.softmax_scale, block, start_n, INDEX)
-    tma.store_wait(0)
+        store_rows(gradients.dv, channels.v, i, dv, block, start_n, INDEX)
+        if SPEC.DQ == "added":
+            mbarrier.wait(channels.keys_read.index(i % TILE.KEYS_STAGES), i // TILE.KEYS_STAGES & 1)
+        store_rows(gradients.dk, channels.k, i, dk * call.softmax_scale, block, start_n, INDEX)
+        tma.store_wait(0)
+        release(channels.v, i)
+        release(channels.k, i)
+        i += 1
 
 
 @gluon.jit
 def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """A producer warp: it copies the operands of one block of queries after the other."""
-    block = block_of_program(call, SPEC, TILE)
-    send(channels.k, inputs.k, None, 0, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
-    head = block.head_kv * call.group
-    m = block.first
-    for step in range(call.group * (block.last - block.first)):
-        send_queries(channels, inputs, step, head, m, block, SPEC, TILE)
-        if step == 0:
-            send(channels.v, inputs.v, None, 0, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
-        head, m = following(head, m, block)
+    """A producer warp: it copies the operands of one step after the other."""
+    step = 0
+    i = 0
+    for number in range(gl.program_id(0), num_blocks(call, TILE), gl.num_programs(0)):
+        block = block_of(number, call, SPEC, TILE)
+        for member in range(call.group):
+            head = block.head_kv * call.group + member
+            for m in range(block.first, block.last):
+                send_queries(channels, inputs, step, Step(head, m, block, number), SPEC, TILE)
+                if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
+                    send_keys(channels, inputs, i, block, TILE)
+                step += 1
+        i += 1
 
 
 @gluon.jit
@@ -376,51 +426,59 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     PIECES: gl.constexpr = SPEC.BLOCK_D // COLUMNS
     ROWS: gl.constexpr = BLOCK_M * COLUMNS // PANEL
     K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
-    block = block_of_program(call, SPEC, TILE)
-    steps = call.group * (block.last - block.first)
-    send(channels.k, inputs.k, None, 0, block.batch, block.head_kv, block.start_n, 0, PARTS)
-    next_head = block.head_kv * call.group
-    next_m = block.first
-    for step in range(gl.minimum(STAGES, steps)):
-        send_queries(channels, inputs, step, next_head, next_m, block, SPEC, TILE)
-        if step == 0:
-            send(channels.v, inputs.v, None, 0, block.batch, block.head_kv, block.start_n, 0, PARTS)
-        next_head, next_m = following(next_head, next_m, block)
-
+    AHEAD: gl.constexpr = TILE.KEYS_STAGES - 1  # blocks of keys
+    last_block = num_blocks(call, TILE)
+    programs = gl.num_programs(0)
     zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
     blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
-    head = block.head_kv * call.group
-    m = block.first
-    wait_full(channels.k, 0)
-    for step in range(steps):
-        if step > 0 and step - 1 + STAGES < steps:  # the consumers are about done with the step before
-            send_queries(channels, inputs, step - 1 + STAGES, next_head, next_m, block, SPEC, TILE)
-            next_head, next_m = following(next_head, next_m, block)
-        wait_full(channels.dscores, step)
-        if SPEC.DBIAS == "tile":
-            for part in gl.static_range(PARTS):
-                place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
-                copy_to_global(gradients.dbias, place, whole_tile(channels.dscores.tiles, channels.dscores, step, part))
-        for piece in range(PIECES):
-            dq = zero
-            for part in gl.static_range(PARTS):
-                dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
-                k = tile_of(channels.k.tiles, channels.k, 0, part)
-                k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
-                dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
-            if piece == 0:
-                tma.store_wait(0)  # the copies of the step before, and of dbias, have read
-            dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
-            dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
-            staging.index(piece).reshape([ROWS, PANEL]).store(dq)
-        release(channels.dscores, step)
-        fence_async_shared()
-        tile = ((block.batch * call.heads_q + head) * blocks_m + m) * PIECES
-        for piece in gl.static_range(PIECES):
-            add_to_global(gradients.dq, [0, 0, (tile + piece) * ROWS, 0], staging.index(piece))
-        head, m = following(head, m, block)
-    mbarrier.arrive(channels.k.empty.index(0), count=1)
+    to_send = first_step(call, SPEC, TILE)
+    if AHEAD > 0:
+        send_keys(channels, inputs, 0, to_send.block, TILE)
+    for step in gl.static_range(STAGES):
+        if to_send.number < last_block:
+            send_queries(channels, inputs, step, to_send, SPEC, TILE)
+            to_send = following(to_send, call, SPEC, TILE)
+    step = 0
+    i = 0
+    for number in range(gl.program_id(0), last_block, programs):
+        ahead = number + AHEAD * programs
+        if ahead < last_block:
+            send_keys(channels, inputs, i + AHEAD, block_of(ahead, call, SPEC, TILE), TILE)
+        block = block_of(number, call, SPEC, TILE)
+        wait_full(channels.k, i)
+        for member in range(call.group):
+            head = block.head_kv * call.group + member
+            for m in range(block.first, block.last):
+                if step > 0 and to_send.number < last_block:  # the consumers are about done with the step before
+                    send_queries(channels, inputs, step - 1 + STAGES, to_send, SPEC, TILE)
+                    to_send = following(to_send, call, SPEC, TILE)
+                wait_full(channels.dscores, step)
+                if SPEC.DBIAS == "tile":
+                    for part in gl.static_range(PARTS):
+                        place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
+                        tile = whole_tile(channels.dscores.tiles, channels.dscores, step, part)
+                        copy_to_global(gradients.dbias, place, tile)
+                for piece in range(PIECES):
+                    dq = zero
+                    for part in gl.static_range(PARTS):
+                        dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
+                        k = tile_of(channels.k.tiles, channels.k, i, part)
+                        k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
+                        dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
+                    dq = warpgroup_mma_wait(0, deps=[dq])
+                    if piece == 0:
+                        tma.store_wait(0)  # the copies of the step before, and of dbias, have read
+                    dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
+                    dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
+                    staging.index(piece).reshape([ROWS, PANEL]).store(dq)
+                release(channels.dscores, step)
+                fence_async_shared()
+                first_row = ((block.batch * call.heads_q + head) * blocks_m + m) * PIECES * ROWS
+                for piece in gl.static_range(PIECES):
+                    add_to_global(gradients.dq, [0, 0, first_row + piece * ROWS, 0], staging.index(piece))
+                step += 1
+        mbarrier.arrive(channels.keys_read.index(i % TILE.KEYS_STAGES), count=1)
+        i += 1
     tma.store_wait(0)
 
 
@@ -444,24 +502,28 @@ def new_channels(inputs, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.con
     q = new_channel(inputs.q, None, STAGES, 1, READERS)
     rows = new_tiles(inputs.rows, STAGES * 2)
     dout = Channel(new_tiles(inputs.dout, STAGES), 0, new_barriers(STAGES, 1), 0)  # emptied with q
-    k = new_channel(inputs.k, None, 1, CONSUMERS, 1)
-    v = new_channel(inputs.v, None, 1, CONSUMERS, 1)
+    k = new_channel(inputs.k, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
+    v = new_channel(inputs.v, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
+    if SPEC.DQ == "added":
+        keys_read = new_barriers(TILE.KEYS_STAGES, 1)
+    else:
+        keys_read = 0
     if EXCHANGES:
         dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, CONSUMERS)
     else:
         dscores = 0
-    return Channels(q, rows, bias_tiles, dout, k, v, dscores)
+    return Channels(q, rows, bias_tiles, dout, k, v, dscores, keys_read)
 
 
 @gluon.jit
 def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head; and sums of dS K.
 
-    Grid: one program for each block of 64 CONSUMERS keys of each key head of each batch entry. It owns these rows of
-    `dk` and `dv`. With SPEC.DBIAS == "tile" it owns these columns of `dbias` (batch, heads_q, seqlen_q, seqlen_k), and
-    writes where a key is visible; with "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k). With
-    SPEC.DQ == "added" it adds its share to `dq`, in no fixed order; everything else is the same bit for bit in every
-    run.
+    Grid: any number of programs. Together they visit each block of 64 CONSUMERS keys of each key head of each batch
+    entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also these columns of
+    `dbias` (batch, heads_q, seqlen_q, seqlen_k), written where a key is visible; with "keys" the sums of dS over the
+    queries, `dbias` (batch, heads_q, seqlen_k). With SPEC.DQ == "added" a program adds its share to `dq`, in no fixed
+    order; everything else is the same bit for bit in every run.
     """
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(dq, dk, dv, dbias)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention.hopper.backward import (
     Gradients,
     Inputs,
-    block_of_program,
+    block_of,
     load_key_bias,
     load_numbers,
     mask_weights,
@@ -45,7 +45,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
     """
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     WHOLE: gl.constexpr = 0  # of the parts of a block of keys
-    block = block_of_program(call, SPEC, TILE)
+    block = block_of(gl.program_id(0), call, SPEC, TILE)
     dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
@@ -86,7 +86,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
             step += 1
     release(channels.k, 0)
     mbarrier.wait(channels.v.empty.index(0), 0)  # the other consumer is done with V
-    store_rows(gradients.dv, channels.v, dv, block, block.start_n, WHOLE)
+    store_rows(gradients.dv, channels.v, 0, dv, block, block.start_n, WHOLE)
     tma.store_wait(0)
 
 
@@ -95,12 +95,12 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
     """dS^T of one block of queries after the other, and dK."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     WHOLE: gl.constexpr = 0
-    block = block_of_program(call, SPEC, TILE)
+    block = block_of(gl.program_id(0), call, SPEC, TILE)
     dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
     v = tile_of(channels.v.tiles, channels.v, 0, 0)
-    wait_full(channels.v, 0, block.last > block.first)
+    wait_full(channels.v, 0)
     step = 0
     for member in range(call.group):
         head = block.head_kv * call.group + member
@@ -126,7 +126,7 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
             store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
     release(channels.v, 0)
     mbarrier.wait(channels.k.empty.index(0), 0)  # the other consumer is done with K
-    store_rows(gradients.dk, channels.k, dk * call.softmax_scale, block, block.start_n, WHOLE)
+    store_rows(gradients.dk, channels.k, 0, dk * call.softmax_scale, block, block.start_n, WHOLE)
     tma.store_wait(0)
 
 

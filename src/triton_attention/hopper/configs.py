@@ -159,6 +159,7 @@ class BackwardTile:
     REGISTERS: int  # of a consumer's thread
     SERVING_REGISTERS: int  # of the others
     maxnreg: int  # of any thread before these are given out
+    KEYS_STAGES: int = 1  # blocks of keys, and of values, in shared memory: with 2 those of the next block come early
     BLOCK_M: int = 64  # queries
     num_warps: int = 4  # of a consumer
 
@@ -211,6 +212,7 @@ class BackwardRow(NamedTuple):
     head_dim: int  # the larger head dimension, padded, is at most this
     bias_size: int  # bytes of a number of a bias that varies along queries and keys are at most this; 0 = no such bias
     tile: BackwardTile
+    seqlen_k: range = range(2**31)
 
 
 class QueriesRow(NamedTuple):
@@ -219,6 +221,7 @@ class QueriesRow(NamedTuple):
     head_dim: int
     bias_size: int
     tile: QueriesTile
+    seqlen_k: range = range(2**31)
 
 
 _Row = TypeVar("_Row", BackwardRow, QueriesRow)
@@ -227,8 +230,12 @@ _Row = TypeVar("_Row", BackwardRow, QueriesRow)
 # H100 80GB HBM3, Triton 3.6.0, bf16. TFLOP/s at s 4096, full / causal; with a matrix bias that the batch shares, at
 # s 2048, the microseconds of this kernel. A row without a comment was not timed.
 BACKWARD_ROWS = (
-    BackwardRow(64, 0, BackwardTile(3, 2, 2, False, 144, 80, 128)),  # 516 / 466; two consumers: 452 / 402
-    BackwardRow(32, 2, BackwardTile(2, 2, 2, False, 208, 88, 168)),  # pair bias n 256: 141 us; three consumers: 177
+    # s 1024 full: 754 us, causal 480; one block of keys in shared memory 779 and 522
+    BackwardRow(64, 0, BackwardTile(3, 2, 2, False, 144, 80, 128, 2)),  # 516 / 466; two consumers: 452 / 402
+    # pair bias n 256, 384, 512: 106, 308, 696 us, with three consumers 137, 265, 653; with two stages 119, 336, 725 and
+    # 142, 294, 694
+    BackwardRow(32, 2, BackwardTile(2, 3, 2, True, 208, 88, 168, 2), seqlen_k=range(257)),
+    BackwardRow(32, 2, BackwardTile(3, 3, 2, False, 144, 80, 128, 2)),
     BackwardRow(64, 2, BackwardTile(3, 2, 1, False, 144, 80, 128)),  # 437 us; two consumers: 461
     BackwardRow(64, 4, BackwardTile(2, 2, 1, False, 208, 88, 168)),
     BackwardRow(128, 0, BackwardTile(2, 2, 1, False, 216, 72, 168)),  # 528 / 451; 208 and 88 registers spill: 444 / 407
@@ -238,7 +245,7 @@ BACKWARD_ROWS = (
 
 # Where dq is made apart: the kernels that own keys, in TFLOP/s that count the four products they do; full / causal.
 KEYS_ROWS = (
-    BackwardRow(64, 0, BackwardTile(3, 2, 0, False, 160, 24, 128)),
+    BackwardRow(64, 0, BackwardTile(3, 2, 0, False, 160, 24, 128, 2)),
     BackwardRow(64, 4, BackwardTile(2, 2, 0, False, 240, 24, 168)),
     BackwardRow(128, 0, BackwardTile(2, 2, 0, True, 240, 24, 168)),  # 733 / 678; not early: 648 / 639
     BackwardRow(128, 2, BackwardTile(2, 2, 0, True, 240, 24, 168)),
@@ -256,20 +263,34 @@ QUERIES_ROWS = (
 )
 
 
-def keys_tile_for(spec: BackwardSpec, bias_size: int) -> BackwardTile:
+def keys_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> BackwardTile:
     """The tile of the kernel for dk and dv; `bias_size` is that of one number of the bias, 0 without one."""
-    return _first_row(BACKWARD_ROWS if spec.DQ == "added" else KEYS_ROWS, spec, bias_size).tile
+    return _first_row(BACKWARD_ROWS if spec.DQ == "added" else KEYS_ROWS, spec, bias_size, seqlen_k).tile
 
 
-def queries_tile_for(spec: BackwardSpec, bias_size: int) -> QueriesTile:
+def queries_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> QueriesTile:
     """The tile of the kernel for dq."""
-    return _first_row(QUERIES_ROWS, spec, bias_size).tile
+    return _first_row(QUERIES_ROWS, spec, bias_size, seqlen_k).tile
 
 
-def _first_row(rows: tuple[_Row, ...], spec: BackwardSpec, bias_size: int) -> _Row:
+def _first_row(rows: tuple[_Row, ...], spec: BackwardSpec, bias_size: int, seqlen_k: int) -> _Row:
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     size = bias_size if spec.BIAS_ROWS else 0
-    return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size)
+    return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size and seqlen_k in row.seqlen_k)
+
+
+def takes_blocks_in_turn(spec: BackwardSpec, queries: int) -> bool:
+    """Whether a program of the kernel that owns keys takes one block of them after the other, or one alone.
+
+    In turn saves some 5 us between two blocks, of as much as `queries` each (those of a group's heads together). One
+    alone is better where blocks differ in length: the GPU gives the next to who is free. H100, us in turn and alone at
+    s 1k, 2k, 4k: d 64 full 754 and 839, 1334 and 1379, 2637 and 2691, causal 480 and 539, 1189 and 817, 2145 and 1450;
+    d 128 full 647 and 662, 1204 and 1180, 2364 and 2230, causal 529 and 464, 807 and 743, 1412 and 1281.
+    """
+    banded = spec.HAS_LOWER or spec.HAS_UPPER
+    if max(spec.BLOCK_D, spec.BLOCK_DV) <= 64:
+        return not banded or queries <= 1024
+    return not banded and queries <= 1024
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int) -> BiasGradientTile:

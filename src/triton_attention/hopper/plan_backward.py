@@ -32,6 +32,7 @@ from triton_attention.hopper.configs import (
     bias_gradient_tile,
     keys_tile_for,
     queries_tile_for,
+    takes_blocks_in_turn,
 )
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.operands import bias_tensor, descriptor, extras_argument, row_descriptors, softcap_of
@@ -119,7 +120,7 @@ def plan_backward(
         kernel_extras.value,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type))
-    tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, call)
+    tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, call, num_sms)
 
     row_programs = blocks_m * heads * batch
     variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv), RowsTile(_ROWS, min(block_d, 64)))
@@ -160,10 +161,11 @@ class _Tensors(NamedTuple):
     dv: Tensor
     dbias: Tensor | None
     call: Argument
+    num_sms: int
 
     def launch_of_keys(self, spec: BackwardSpec, dq_sums: Tensor | None) -> Launch:
         """The kernel for dk and dv."""
-        tile = keys_tile_for(spec, self.addend.size)
+        tile = keys_tile_for(spec, self.addend.size, self.k.shape[1])
         inputs = (
             _rows_of(self.q, _ROWS, spec.BLOCK_D),
             _rows_of(self.k, _ROWS, spec.BLOCK_D),
@@ -178,16 +180,18 @@ class _Tensors(NamedTuple):
             self._dbias_argument(spec, _ROWS),
         )
         batch, seqlen_k, heads_kv, _ = self.k.shape
-        programs = ceil_div(seqlen_k, _ROWS * tile.CONSUMERS) * heads_kv * batch
+        blocks = ceil_div(seqlen_k, _ROWS * tile.CONSUMERS) * heads_kv * batch
         if max(spec.BLOCK_D, spec.BLOCK_DV) > _REGISTER_HEAD_DIM:
-            return Launch(attention_bwd_wide, programs, (*inputs, *gradients, self.call), spec, tile)
+            return Launch(attention_bwd_wide, blocks, (*inputs, *gradients, self.call), spec, tile)
+        queries = self.q.shape[1] * (self.q.shape[2] // heads_kv)
+        programs = min(blocks, self.num_sms) if takes_blocks_in_turn(spec, queries) else blocks
         piece = _ROWS * min(spec.BLOCK_D, 64) // _PANEL  # rows of the matrix as which 64 columns of the sums lie
         dq = ABSENT if dq_sums is None else descriptor(dq_sums, piece, _PANEL)
         return Launch(attention_bwd, programs, (*inputs, dq, *gradients, self.call), spec, tile)
 
     def launch_of_queries(self, spec: BackwardSpec) -> Launch:
         """The kernel for dq, where that for dk and dv does not add it up."""
-        tile = queries_tile_for(spec, self.addend.size)
+        tile = queries_tile_for(spec, self.addend.size, self.k.shape[1])
         arguments = (
             _rows_of(self.q, _ROWS, spec.BLOCK_D),
             _rows_of(self.k, tile.BLOCK_N, spec.BLOCK_D),
