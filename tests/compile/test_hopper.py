@@ -23,7 +23,8 @@ SPILLS_ALLOWED = 320
 WINDOW = Mask(300, 200)
 
 
-EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True}, {"dropout_p": 0.1})
+LENGTHS = ((2048, 2048), (30, 700))
+EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True}, {"dropout_p": 0.1}, {"lengths": LENGTHS})
 ALL_EXTRAS = {name: value for extra in EXTRAS for name, value in extra.items()}
 
 

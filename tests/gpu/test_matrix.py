@@ -30,8 +30,7 @@ def is_for_hopper(case):
     *_, rows, columns = case.bias_shape
     row_bytes = columns * (case.bias_dtype or case.dtype).itemsize
     return (
-        not case.lengths
-        and case.dtype != torch.float32
+        case.dtype != torch.float32
         and all(head_dim % 8 == 0 for head_dim in head_dims)
         and (rows == 1 or columns == 1 or row_bytes % 16 == 0)
     )

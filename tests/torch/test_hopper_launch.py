@@ -13,15 +13,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from triton_attention import attention, kernel, ops, recipes
 from triton_attention.hopper import launch
 from triton_attention.hopper.bias import BiasTensor
+from triton_attention.hopper.channel import PACKED_ROWS
+from triton_attention.hopper.operands import row_descriptors
 from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.hopper.softmax import tanh_fraction
-from triton_attention.problem import NO_EXTRAS, Extras, Mask
+from triton_attention.problem import NO_EXTRAS, Extras, Mask, Packing
 
 CAUSAL = Mask(None, 0)
 EXTRAS = {
     "sink": Extras(sink=torch.ones(3)),
     "softcap": Extras(softcap=30.0),
     "dropout": Extras(dropout_p=0.1, seed=torch.tensor(1)),
+    "packed": Extras(packing=Packing(*torch.tensor([[0, 300, 400, 600]] * 2, dtype=torch.int32), 300, 300)),
     "slopes": Extras(alibi_slopes=torch.ones(3)),
 }
 SMS = 4  # fewer than tiles, so that a causal call counts them
@@ -273,9 +276,12 @@ def test_what_is_remembered_keeps_no_tensor_alive(variants):
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 def test_what_few_calls_have_is_planned_each_time(variants, extras):
     q, k, v, _ = tensors(64, None)
+    lse_shape = (2, 3, 300)
+    if extras.packing is not None:
+        (q, k, v), lse_shape = (x.flatten(0, 1) for x in (q, k, v)), (3, 600)
     for _ in range(2):
         out, lse = launch.forward(q, k, v, None, CAUSAL, 0.1, extras)
-        assert (out.shape, lse.shape) == (q.shape, (2, 3, 300))
+        assert (out.shape, lse.shape) == (q.shape, lse_shape)
     assert (variants.prepared, len(recipes._recipes)) == (0, 0)
 
 
@@ -326,6 +332,61 @@ def test_slopes_are_read_by_strides_and_distances_counted_from_the_diagonal(shap
     extras = plan.launch.arguments[-1].value.extras
     assert extras.slopes[1:] == strides
     assert extras.diagonal == (0 if mask.top_left else -100)
+
+
+def packed_views():
+    together = torch.arange(70 * 3 * 2 * 48, dtype=torch.int32).to(torch.bfloat16).view(70, 3, 2, 48)
+    return {"contiguous": torch.zeros(70, 3, 40).bfloat16(), "of qkv": together.unbind(1)[1][:, :, 8:40],
+            "one head": together[:, 1, :1], "one row": together[5:6, 2]}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensor", packed_views().values(), ids=packed_views())
+def test_copies_of_a_packed_sequence_end_where_it_does(tensor):
+    """A copy leaves out what is outside of the descriptor's shape: all but the rows of the sequence."""
+    total, heads, columns = tensor.shape
+    tail = 16 if columns > 32 else 0
+    last = heads - 1
+    descriptors = row_descriptors(tensor[None], 64, 32, tail, True)
+    for first, (made, _) in zip((0, 32) if tail else (0,), descriptors, strict=False):
+
+        def address_of(place, made=made):
+            offset = sum(index * stride for index, stride in zip(place, made.strides, strict=True))
+            return (made.base.data_ptr() + offset * tensor.element_size()) % 2**64
+
+        for start, end in {(0, 0), (0, total), (total // 3, total // 2), (total - 1, total), (total, total)}:
+            for row in range(130):
+                place = [PACKED_ROWS.value, end, last, row + PACKED_ROWS.value - (end - start), 0]
+                inside = all(0 <= index < size for index, size in zip(place, made.shape, strict=True))
+                assert inside == (row < end - start)
+                assert not inside or address_of(place) == tensor[start + row, last, first:].data_ptr()
+
+
+@pytest.mark.parametrize("tensor", packed_views().values(), ids=packed_views())
+def test_a_descriptor_of_packed_sequences_begins_and_ends_with_its_tensor(tensor):
+    """A GPU reads by one only where memory is mapped at its beginning, and may touch what its axes reach."""
+    (made, _), _ = row_descriptors(tensor[None], 64, 32, 0, True)
+    assert made.base.data_ptr() == tensor.data_ptr()
+    end = sum((size - 1) * stride for size, stride in zip(made.shape, made.strides, strict=True))
+    assert end * tensor.element_size() % 2**64 == tensor[-1, -1, -1:].data_ptr() - tensor.data_ptr()
+    assert all(0 < stride * tensor.element_size() < 2**40 for stride in made.strides)
+
+
+def test_more_packed_rows_than_a_descriptor_has_are_not_taken():
+    rows = torch.empty(PACKED_ROWS.value + 1, 1, 8, device="meta", dtype=torch.bfloat16)
+    assert launch.forward(rows, rows, rows, None, CAUSAL, 0.1, EXTRAS["packed"]) is None
+
+
+@pytest.mark.parametrize("mask", [Mask(9, 4), Mask(None, 0, top_left=True), Mask(10**12, 10**12)], ids=str)
+def test_the_numbers_of_packed_sequences(mask):
+    q, k, v, _ = (None if x is None else x.flatten(0, 1)[None] for x in tensors(64, None))
+    bias = torch.zeros(1, 3, 320, 320).bfloat16()
+    extras = EXTRAS["packed"]._replace(packing=EXTRAS["packed"].packing._replace(max_seqlen_q=320, max_seqlen_k=320))
+    plan = launch.plan_forward(q, k[:, :400], v[:, :400], bias, mask, 0.1, SMS, extras)
+    call, spec = plan.launch.arguments[-1].value, plan.launch.spec
+    assert (call.batch, call.seqlen_q, call.seqlen_k) == (3, 320, 320)
+    assert call.packing[2:] == (600, 400, int(not mask.top_left))
+    assert (call.lower, call.upper) == (-min(mask.left or 0, 600), min(mask.right, 600))
+    assert (spec.VARLEN, spec.UNEVEN, spec.BIAS_SHARED) == (True, True, False)
 
 
 @pytest.mark.parametrize("softcap", [1e-300, 30.0, 1e300])

@@ -1,6 +1,6 @@
 """Do the block ranges hold every visible key, and only whole blocks where no mask is used? By counting, key by key."""
 
-from itertools import product
+from itertools import accumulate, product
 
 import pytest
 
@@ -54,3 +54,14 @@ def test_tile_order_visits_every_tile_once(last_first):
     order = [blocks.tile_order(program, 3, 4, last_first) for program in range(3 * 4 * 2)]
     assert sorted(order) == sorted(product(range(3), range(4), range(2)))
     assert [block for block, _, _ in order[:3]] == ([2, 1, 0] if last_first else [0, 1, 2])
+
+
+@pytest.mark.parametrize("block", [1, 4, 64])
+@pytest.mark.parametrize("lengths", [(3,), (0, 5, 0, 0, 64, 1), (64, 64, 63, 65), (0, 0), ()], ids=str)
+def test_each_packed_sequence_has_tiles_enough_of_its_own(lengths, block):
+    starts = [0, *accumulate(lengths)]
+    total = starts[-1] + 7  # rows that no sequence has follow
+    first = [blocks.first_tile(start, sequence, block) for sequence, start in enumerate(starts)]
+    ends = [*first[1:], total // block + len(lengths) + 1]
+    for length, begin, end in zip((*lengths, 7), first, ends, strict=True):
+        assert end - begin >= max(1, -(-length // block))

@@ -66,6 +66,7 @@ def use_gpu(monkeypatch):
         {"deterministic": True, "needs_grad": True},
         {"sink": True, "needs_grad": True},
         {"softcap": 30.0},
+        {"varlen": True, "bias": Bias((False, False, False, False), torch.bfloat16, needs_grad=False)},
         {"dropout_p": 0.1, "needs_grad": True},
         {"alibi": True, "needs_grad": True},
     ],
@@ -85,7 +86,6 @@ REASONS = [
         "reads tiles whose rows start at multiples of 16 bytes, and in q, k, v or the bias some do not; contiguous "
         "tensors with a row length that is a multiple of 8 do",
     ),
-    ({"varlen": True}, "has no sequences of different lengths (cu_seqlens)"),
 ]
 
 

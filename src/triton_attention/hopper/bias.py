@@ -25,12 +25,15 @@ class BiasTensor(NamedTuple):
 
 
 @gluon.jit
-def load_row_bias(bias, batch, head, start_m, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def load_row_bias(bias, work, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """(64,) of a bias that does not vary along the keys; nothing of any other."""
     if SPEC.BIAS != "none" and not SPEC.BIAS_COLS:
-        rows = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_N))
-        pointers = bias.ptr + batch * bias.batch + head * bias.head + rows.to(gl.int64) * bias.row
-        values = gl.load(pointers, mask=rows < call.seqlen_q, other=0)
+        rows = work.start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_N))
+        pointers = bias.ptr + work.batch * bias.batch + work.head * bias.head + rows.to(gl.int64) * bias.row
+        length = call.seqlen_q
+        if SPEC.VARLEN:  # a sequence may claim to be longer than the longest, and rows that none has have no bias
+            length = gl.where(work.batch < call.batch, gl.minimum(work.sequence.seqlen_q, length), 0)
+        values = gl.load(pointers, mask=rows < length, other=0)
     else:
         values = 0
     return values

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_attention._compat import copy_to_shared
 
+PACKED_ROWS = gl.constexpr(1 << 30)  # of the axis of rows of packed sequences, see `operands.packed_descriptor`
+
 
 class Channel(NamedTuple):
     """SLOTS slots of PARTS tiles; a part is what one copy brings."""
@@ -33,6 +35,21 @@ def bytes_of(descriptor):
         return 0
     block = descriptor.block_type
     return math.prod(block.shape) * block.element_ty.primitive_bitwidth // 8
+
+
+@gluon.constexpr_function
+def has_packed_rows(descriptor):
+    return len(descriptor.block_type.shape) == 5
+
+
+@gluon.jit
+def coordinates(descriptor, batch, head, row, column):
+    """Of a tile. The tensor descriptors of packed sequences have one axis more."""
+    if has_packed_rows(descriptor):
+        place = [PACKED_ROWS, batch, head, row, column]
+    else:
+        place = [batch, head, row, column]
+    return place
 
 
 @gluon.jit
@@ -78,14 +95,14 @@ def wait_empty(channel, step):
 def send(channel, descriptor, tail, step, batch, head, row, column, PARTS: gl.constexpr):
     """Producer: copy PARTS tiles, one below the other from (row, column), into the slot of a step."""
     SLOTS: gl.constexpr = channel.full.shape[0]
-    ROWS: gl.constexpr = descriptor.block_type.shape[2]
+    ROWS: gl.constexpr = descriptor.block_type.shape[-2]
     BYTES: gl.constexpr = PARTS * (bytes_of(descriptor) + bytes_of(tail))
     slot = step % SLOTS
     wait_empty(channel, step)
     full = channel.full.index(slot)
     mbarrier.expect(full, BYTES)
     for part in gl.static_range(PARTS):
-        place = [batch, head, row + part * ROWS, column]
+        place = coordinates(descriptor, batch, head, row + part * ROWS, column)
         copy_to_shared(descriptor, place, full, channel.tiles.index(slot * PARTS + part))
         if tail is not None:
             copy_to_shared(tail, place, full, channel.tails.index(slot * PARTS + part))
@@ -110,7 +127,7 @@ def whole_tile(tiles, channel, step, PART: gl.constexpr):
 def tile_of(tiles, channel, step, PART: gl.constexpr):
     """Consumer: the same as a matrix, (rows, columns)."""
     SHAPE: gl.constexpr = tiles.shape
-    return whole_tile(tiles, channel, step, PART).reshape([SHAPE[3], SHAPE[4]])
+    return whole_tile(tiles, channel, step, PART).reshape([SHAPE[-2], SHAPE[-1]])
 
 
 @gluon.jit

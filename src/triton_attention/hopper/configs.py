@@ -27,10 +27,11 @@ class Spec:
     BIAS_COLS: bool  # it varies along the keys
     BIAS_SHARED: bool  # it varies along both, and the batch shares it
     RAW_SCORES: bool  # nothing is done to q k^T and softmax_scale > 0: the scale folds into the exponent
-    UNEVEN: bool  # tiles differ in length, so that programs take them as they come: under a causal mask
+    UNEVEN: bool  # tiles differ in length, so that programs take them as they come: under a causal mask, or packed
     SOFTCAP: bool
     ALIBI: bool
     DROPOUT: bool
+    VARLEN: bool  # sequences are packed one after the other
     SINK: bool  # a logit a head joins the denominator of the softmax
 
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.bias import load_bias, load_row_bias
-from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.dropout import drop
 from triton_attention.hopper.heads import load_sink, query_head
 from triton_attention.hopper.layouts import (
@@ -30,7 +30,15 @@ from triton_attention.hopper.layouts import (
     operand_layout,
     rows_layout,
 )
-from triton_attention.hopper.schedule import announce, hear, new_ticker, next_tile, tile_range
+from triton_attention.hopper.schedule import (
+    announce,
+    hear,
+    new_ticker,
+    next_tile,
+    place_of_keys,
+    place_of_queries,
+    tile_range,
+)
 from triton_attention.hopper.softmax import INFINITY, finish, mask_scores, new_rows, scale_scores, weigh
 
 PRODUCER_REGISTERS = gl.constexpr(24)  # of a thread: it holds addresses alone
@@ -75,33 +83,36 @@ class Output(NamedTuple):
     start_m: object
     head: object
     batch: object
+    sequence: object  # a `Sequence` where they are packed, else 0
 
 
 @gluon.jit
-def send_queries(channels, operands, i, work, TILE: gl.constexpr):
-    send(channels.q, operands.q, operands.q_tail, i, work.batch, work.head, work.start_m, 0, TILE.CONSUMERS)
+def send_queries(channels, operands, i, work, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    batch, start_m = place_of_queries(work.start_m, work.batch, work.sequence, SPEC)
+    send(channels.q, operands.q, operands.q_tail, i, batch, work.head, start_m, 0, TILE.CONSUMERS)
 
 
 @gluon.jit
 def produce(channels, operands, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The producer warp: the operands of one tile after the other, from the last block of keys to the first."""
     BIAS_PARTS: gl.constexpr = TILE.CONSUMERS if SPEC.BIAS_ROWS else 1
-    tile, end = tile_range(call, TILE)
+    tile, end = tile_range(call, SPEC, TILE)
     i = 0
     step = 0
     bias_step = 0
     slab_changes = True
-    work = announce(channels.ticker, 0, tile, end, call, SPEC, TILE)
+    tile, work = announce(channels.ticker, 0, tile, end, counter, call, SPEC, TILE)
     if TILE.Q_STAGES > 1:
-        send_queries(channels, operands, 0, work, TILE)
+        send_queries(channels, operands, 0, work, call, SPEC, TILE)
     while work.tile_last > 0:
         if TILE.Q_STAGES == 1:
-            send_queries(channels, operands, i, work, TILE)
+            send_queries(channels, operands, i, work, call, SPEC, TILE)
         head_kv = work.head // call.group
         following = work
         for n in range(work.tile_last - 1, work.first - 1, -1):
             start_n = n * TILE.BLOCK_N
-            send(channels.k, operands.k, operands.k_tail, step, work.batch, head_kv, start_n, 0, 1)
+            batch_kv, row_kv = place_of_keys(start_n, work.batch, work.sequence, SPEC)
+            send(channels.k, operands.k, operands.k_tail, step, batch_kv, head_kv, row_kv, 0, 1)
             if SPEC.BIAS_COLS:
                 bias_m = work.start_m if SPEC.BIAS_ROWS else 0
                 if TILE.BIAS_STAYS:
@@ -113,15 +124,15 @@ def produce(channels, operands, counter, call, SPEC: gl.constexpr, TILE: gl.cons
                         bias_step += 1
                 else:
                     send(channels.bias, operands.bias, None, step, work.batch, work.head, bias_m, start_n, BIAS_PARTS)
-            send(channels.v, operands.v, operands.v_tail, step, work.batch, head_kv, start_n, 0, 1)
+            send(channels.v, operands.v, operands.v_tail, step, batch_kv, head_kv, row_kv, 0, 1)
             step += 1
             # The next tile is chosen early, so that its queries are there in time, but not before the consumers have
             # begun with this one: they still need the queries of the last.
             if n == max(work.tile_last - 1 - TILE.STAGES, work.first):
                 tile = next_tile(tile, end, counter, SPEC, TILE)
-                following = announce(channels.ticker, i + 1, tile, end, call, SPEC, TILE)
+                tile, following = announce(channels.ticker, i + 1, tile, end, counter, call, SPEC, TILE)
                 if TILE.Q_STAGES > 1 and following.tile_last > 0:
-                    send_queries(channels, operands, i + 1, following, TILE)
+                    send_queries(channels, operands, i + 1, following, call, SPEC, TILE)
         slab_changes = following.head != work.head or following.start_m != work.start_m
         work = following
         i += 1
@@ -149,7 +160,7 @@ def multiply_values(channels, weights, output, step, SPEC: gl.constexpr):
     if SPEC.TAIL_DV > 0:
         weights = gl.convert_layout(weights, operand_layout(SPEC.TAIL_DV))
         tail = warpgroup_mma(weights, tile_of(channels.v.tails, channels.v, step, 0), tail, is_async=True)
-    return Output(acc, tail, output.start_m, output.head, output.batch)
+    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
 
 
 @gluon.jit
@@ -161,7 +172,7 @@ def wait_values(output, SPEC: gl.constexpr):
         acc, tail = warpgroup_mma_wait(0, deps=[acc, tail])
     else:
         acc = warpgroup_mma_wait(0, deps=[acc])
-    return Output(acc, tail, output.start_m, output.head, output.batch)
+    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
 
 
 @gluon.jit
@@ -171,7 +182,7 @@ def new_output(work, SPEC: gl.constexpr):
         tail = gl.full([WARPGROUP_ROWS, SPEC.TAIL_DV], 0.0, gl.float32, accumulator_layout(SPEC.TAIL_DV))
     else:
         tail = 0
-    return Output(acc, tail, work.start_m, work.head, work.batch)
+    return Output(acc, tail, work.start_m, work.head, work.batch, work.sequence)
 
 
 @gluon.jit
@@ -189,7 +200,7 @@ def scaled(output, factor, SPEC: gl.constexpr):
     tail = output.tail
     if SPEC.TAIL_DV > 0:
         tail = tail * gl.convert_layout(factor, rows_layout(SPEC.TAIL_DV))[:, None]
-    return Output(acc, tail, output.start_m, output.head, output.batch)
+    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
 
 
 @gluon.jit
@@ -197,10 +208,16 @@ def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: 
     """Write 64 rows of out and lse; the copies of out are under way at return."""
     factor, lse_rows = finish(rows, call, SPEC)
     numbers = output.start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_N))
-    origin = (output.batch * call.heads_q + output.head).to(gl.int64) * call.seqlen_q
-    gl.store(lse + origin + numbers, lse_rows, mask=numbers < call.seqlen_q)
+    seqlen_q = call.seqlen_q
+    if SPEC.VARLEN:
+        seqlen_q = output.sequence.seqlen_q
+        origin = output.head.to(gl.int64) * call.packing.total_q + (output.sequence.end_q - seqlen_q)
+    else:
+        origin = (output.batch * call.heads_q + output.head).to(gl.int64) * seqlen_q
+    gl.store(lse + origin + numbers, lse_rows, mask=numbers < seqlen_q)
     output = scaled(output, factor, SPEC)
-    place = [output.batch, output.head, output.start_m, 0]
+    batch, start_m = place_of_queries(output.start_m, output.batch, output.sequence, SPEC)
+    place = coordinates(operands.out, batch, output.head, start_m, 0)
     tma.store_wait(0)
     tile = results.tiles.index(INDEX)
     tile.reshape([WARPGROUP_ROWS, SPEC.BLOCK_DV]).store(output.acc.to(operands.out.dtype))
@@ -232,7 +249,7 @@ def visit(
     release(channels.k, step)
     scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     if MASKED:
-        scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
+        scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
     rows, weights, correction = weigh(rows, scores, scale)
     weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     output = wait_values(output, SPEC)
@@ -277,7 +294,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         output = multiply_values(channels, operand, output, pending, SPEC)
         head = query_head(work, call, SPEC)
         sink = load_sink(work, call, SPEC)
-        row_bias = load_row_bias(operands.bias, work.batch, work.head, work.start_m, call, SPEC, TILE)
+        row_bias = load_row_bias(operands.bias, work, call, SPEC, TILE)
         n = work.last - 1
         kept_end = bias_step + work.tile_last - 1  # with BIAS_STAYS, less n: where block n of the bias is
         values = load_bias(channels.bias, row_bias, step, kept_end - n, SPEC, TILE, INDEX)
@@ -290,7 +307,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         output = new_output(work, SPEC)
         scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         if n >= work.full_last or n < work.full_first:
-            scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, call, SPEC)
+            scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
         rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale)
         weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         step += 1
@@ -325,8 +342,13 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
                 bias_step += work.tile_last - work.first
         work = following
 
-    wait_full(channels.v, step - 1)
-    output = multiply_values(channels, as_operand(weights, channels, SPEC), output, step - 1, SPEC)
+    if SPEC.VARLEN:  # a program may have found no tile: then nothing waits for it, and it stores none of its rows
+        pending = max(step - 1, 0)
+        wait_full(channels.v, pending, i > 0)
+    else:
+        pending = step - 1
+        wait_full(channels.v, pending)
+    output = multiply_values(channels, as_operand(weights, channels, SPEC), output, pending, SPEC)
     output = wait_values(output, SPEC)
     store(operands, lse, results, output, rows, call, SPEC, TILE, INDEX)
     tma.store_wait(0)
@@ -339,7 +361,8 @@ def attention_fwd(
     """out = softmax(softmax_scale q k^T + bias + mask) v and lse = log sum exp of the scores.
 
     Grid: at most one program for each multiprocessor. Each computes tile after tile: 64 CONSUMERS rows of `out`
-    (batch, heads_q, seqlen_q, head_dim_v) and `lse` (batch, heads_q, seqlen_q); see schedule.py for which.
+    (batch, heads_q, seqlen_q, head_dim_v) and `lse` (batch, heads_q, seqlen_q), or of packed sequences (1, heads_q,
+    total_q, head_dim_v) and (heads_q, total_q); see schedule.py for which.
     """
     operands = Operands(q, q_tail, k, k_tail, v, v_tail, bias, out, out_tail)
     q_channel = new_channel(q, q_tail, TILE.Q_STAGES, TILE.CONSUMERS, TILE.CONSUMERS)
@@ -354,7 +377,7 @@ def attention_fwd(
         results = Results(new_tiles(out, TILE.CONSUMERS), 0)
     else:
         results = Results(new_tiles(out, TILE.CONSUMERS), new_tiles(out_tail, TILE.CONSUMERS))
-    channels = Channels(q_channel, k_channel, v_channel, bias_channel, new_ticker(TILE))
+    channels = Channels(q_channel, k_channel, v_channel, bias_channel, new_ticker(SPEC, TILE))
     fence_async_shared()
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1

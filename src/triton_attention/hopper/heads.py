@@ -7,6 +7,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from triton_attention.hopper.schedule import limits_of
 from triton_attention.hopper.softmax import INFINITY, LOG2_E
 
 
@@ -33,6 +34,7 @@ class Extras(NamedTuple):
 class Head(NamedTuple):
     """One query head of one batch entry, and what changes its scores and weights; what is absent is 0."""
 
+    limits: object  # of the entry, a schedule.Limits
     slope: object  # of ALiBi
     diagonal: object
     seed: object
@@ -45,20 +47,25 @@ def load_slope(batch, head, call, SPEC: gl.constexpr):
     slope = 0.0
     if SPEC.ALIBI:
         slopes = call.extras.slopes
+        if SPEC.VARLEN:
+            batch = gl.minimum(batch, call.batch - 1)  # rows that no sequence has
         slope = gl.load(slopes.ptr + batch * slopes.batch + head * slopes.head)
     return slope
 
 
 @gluon.jit
 def query_head(work, call, SPEC: gl.constexpr):
+    limits = limits_of(work.sequence, call, SPEC)
     diagonal = 0
     if SPEC.ALIBI:
         diagonal = call.extras.diagonal
+        if SPEC.VARLEN:
+            diagonal = (limits.seqlen_k - limits.seqlen_q) * call.packing.bottom_right
     seed, number = 0, 0
     if SPEC.DROPOUT:
         seed = gl.load(call.extras.seed)
         number = work.batch * call.heads_q + work.head
-    return Head(load_slope(work.batch, work.head, call, SPEC), diagonal, seed, number)
+    return Head(limits, load_slope(work.batch, work.head, call, SPEC), diagonal, seed, number)
 
 
 @gluon.jit
@@ -67,4 +74,6 @@ def load_sink(work, call, SPEC: gl.constexpr):
     sink = -INFINITY
     if SPEC.SINK:
         sink = gl.load(call.extras.sink + work.head).to(gl.float32) * LOG2_E
+        if SPEC.VARLEN:
+            sink = gl.where(work.batch < call.batch, sink, -INFINITY)  # rows that no sequence has
     return sink

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton_attention import recipes
 from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows
 from triton_attention.eager import layout
+from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.configs import Spec, tile_for
 from triton_attention.hopper.forward import attention_fwd
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
@@ -28,8 +29,9 @@ from triton_attention.hopper.operands import (
 )
 from triton_attention.hopper.plan_backward import BackwardPlan, plan_backward
 from triton_attention.hopper.schedule import Call
+from triton_attention.hopper.schedule import Packing as PackingNumbers
 from triton_attention.kernel import ForwardPlan, Launch, run
-from triton_attention.problem import NO_EXTRAS, Extras, Mask, read_by_rows
+from triton_attention.problem import NO_EXTRAS, Extras, Mask, Packing, read_by_rows
 
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
@@ -40,7 +42,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, extras: Extras = NO_EXTRAS,
     *, known: object = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """(out, lse) of a validated call that is not empty; see `triton_attention.attention`.
+    """(out, lse) of a validated call that is not empty; see `triton_attention.attention` and `attention_varlen`.
 
     None where the rows of q, k, v or a matrix of bias are not aligned: an eager call that asks the backend's `support`
     does not come here with those, but a graph of torch.compile learns strides and addresses only when it runs.
@@ -51,7 +53,7 @@ def forward(
     device = q.device
 
     def make(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> ForwardPlan | None:
-        if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
+        if not _takes(q, k, v, bias):
             return None
         return plan_forward(q, k, v, bias, mask, softmax_scale, _num_sms(device), extras)
 
@@ -60,11 +62,14 @@ def forward(
     with device_of(q):
         if extras.absent:
             plan = recipes.run(known, make, (q, k, v, bias))
-        else:
-            plan = make(q, k, v, bias)
-            if plan is not None:
-                run(plan.launch)
-    return None if plan is None else (plan.out, plan.lse)
+            return None if plan is None else (plan.out, plan.lse)
+        if extras.packing is not None:
+            q, k, v = q[None], k[None], v[None]
+        plan = make(q, k, v, bias)
+        if plan is None:
+            return None
+        run(plan.launch)
+        return (plan.out, plan.lse) if extras.packing is None else (plan.out[0], plan.lse[0])
 
 
 def backward(
@@ -84,7 +89,7 @@ def backward(
         dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor,
         lse: Tensor,
     ) -> BackwardPlan | None:  # fmt: skip
-        if not all(map(has_aligned_rows, read_by_rows(q, k, v, bias))):
+        if not _takes(q, k, v, bias):
             return None
         numbers = (mask, softmax_scale, needs_dbias, extras, deterministic, _num_sms(device))
         return plan_backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
@@ -110,6 +115,11 @@ def differentiates(extras: Extras, needs_dbias: bool) -> bool:
     return extras.dropout_p == 0.0 and extras.packing is None and not (changes_scores and needs_dbias)
 
 
+def _takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether rows are aligned, and no more than a tensor descriptor of packed ones has."""
+    return all(map(has_aligned_rows, read_by_rows(q, k, v, bias))) and max(q.shape[1], k.shape[1]) <= PACKED_ROWS.value
+
+
 def _new_counter(like: Tensor) -> Tensor:
     """The number that programs count up where they take tiles as they come: see `schedule.next_tile`."""
     return like.new_zeros(1, dtype=torch.int32)
@@ -119,16 +129,23 @@ def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, softmax_scale: float, num_sms: int,
     extras: Extras = NO_EXTRAS,
 ) -> ForwardPlan:  # fmt: skip
+    """Tensors have four axes; packed ones are a batch of one, and so are out and lse (1, heads_q, total_q)."""
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
     out = q.new_empty(batch, seqlen_q, heads, head_dim_v)
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+    packing, packed = extras.packing, extras.packing is not None
+    bounds = mask.bounds(seqlen_q, seqlen_k)
+    if packing is not None:
+        reach = max(seqlen_q, seqlen_k)
+        bounds = -min(mask.left or 0, reach), min(mask.right or 0, reach)
+        batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
     varies = (False, False)
     shared = False
     if bias is not None:
         bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
         varies = (bias.shape[2] > 1, bias.shape[3] > 1)
-        shared = all(varies) and bias.shape[0] == 1
+        shared = all(varies) and bias.shape[0] == 1 and not packed
         if varies[1] and not varies[0]:
             bias = with_aligned_rows(bias)  # a few numbers
         bias = bias.expand(batch, heads, seqlen_q, seqlen_k)
@@ -145,24 +162,28 @@ def plan_forward(
         BIAS_COLS=varies[1],
         BIAS_SHARED=shared,
         RAW_SCORES=bias is None and softmax_scale > 0.0 and not capped and not sloped,
-        UNEVEN=mask.left is None and mask.right is not None,
+        UNEVEN=packed or (mask.left is None and mask.right is not None),
         SOFTCAP=capped,
         ALIBI=sloped,
         DROPOUT=extras.seed is not None,
+        VARLEN=packed,
         SINK=extras.sink is not None,
     )
     tile = tile_for(spec, 0 if bias is None else bias.element_size(), seqlen_k)
     group = heads // heads_kv
-    num_tiles = ceil_div(seqlen_q, tile.CONSUMERS * _ROWS) * heads * batch
+    block_m = tile.CONSUMERS * _ROWS
+    num_blocks = out.shape[1] // block_m + batch + 1 if packed else ceil_div(seqlen_q, block_m) * batch
+    num_tiles = num_blocks * heads
     scale = softmax_scale
     if spec.RAW_SCORES:
         scale *= _LOG2_E
     elif capped:
         scale /= softcap_of(extras)
-    section = _section(spec, batch, heads, group, seqlen_k)
-    bounds = mask.bounds(seqlen_q, seqlen_k)
+    section = _section(spec, 1 if packed else batch, heads, group, seqlen_k)
     call = Call(seqlen_q, seqlen_k, heads, group, batch, section, *bounds, scale)
     numbers = extras_argument(extras, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
+    sequences = _packing(packing, q.shape[1], k.shape[1], mask)
+    call = call._replace(extras=numbers.value, packing=sequences.value)
     if bias is None:
         bias_argument = ABSENT
     elif varies == (True, True):
@@ -174,14 +195,14 @@ def plan_forward(
     programs = min(num_sms, num_tiles)
     counter = _new_counter(q) if spec.UNEVEN and num_tiles > programs else lse
     arguments = (
-        *row_descriptors(q, _ROWS, spec.BLOCK_D, spec.TAIL_D),
-        *row_descriptors(k, tile.BLOCK_N, spec.BLOCK_D, spec.TAIL_D),
-        *row_descriptors(v, tile.BLOCK_N, spec.BLOCK_DV, spec.TAIL_DV),
+        *row_descriptors(q, _ROWS, spec.BLOCK_D, spec.TAIL_D, packed),
+        *row_descriptors(k, tile.BLOCK_N, spec.BLOCK_D, spec.TAIL_D, packed),
+        *row_descriptors(v, tile.BLOCK_N, spec.BLOCK_DV, spec.TAIL_DV, packed),
         bias_argument,
-        *row_descriptors(out, _ROWS, spec.BLOCK_DV, spec.TAIL_DV),
+        *row_descriptors(out, _ROWS, spec.BLOCK_DV, spec.TAIL_DV, packed),
         flat(lse),
         Argument(counter, "*i32:16"),
-        Argument(call._replace(extras=numbers.value), _CALL_TYPES._replace(extras=numbers.type)),
+        Argument(call, _CALL_TYPES._replace(extras=numbers.type, packing=sequences.type)),
     )
     return ForwardPlan(out, lse, Launch(attention_fwd, programs, arguments, spec, tile))
 
@@ -194,6 +215,14 @@ def _section(spec: Spec, batch: int, heads: int, group: int, seqlen_k: int) -> i
     bytes_of_keys = 2 * seqlen_k * (spec.BLOCK_D + spec.TAIL_D + spec.BLOCK_DV + spec.TAIL_DV)
     fit = max(1, _SECTION_BYTES // bytes_of_keys) * group
     return min(ceil_div(fit, together) * together, batch * heads)
+
+
+def _packing(packing: Packing | None, total_q: int, total_k: int, mask: Mask) -> Argument:
+    if packing is None:
+        return ABSENT
+    starts_q, starts_k = flat(packing.cu_seqlens_q.contiguous()), flat(packing.cu_seqlens_k.contiguous())
+    numbers = PackingNumbers(starts_q.value, starts_k.value, total_q, total_k, int(not mask.top_left))
+    return Argument(numbers, PackingNumbers(starts_q.type, starts_k.type, "i32", "i32", "i32"))
 
 
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32")

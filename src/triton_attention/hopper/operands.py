@@ -21,12 +21,15 @@ from triton_attention.arguments import (
     pointer_type,
 )
 from triton_attention.hopper.bias import BiasTensor
+from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.heads import Extras as KernelExtras
 from triton_attention.hopper.heads import Slopes
 from triton_attention.philox import drop_below
 from triton_attention.problem import Extras
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
+_PACKED_ROWS = PACKED_ROWS.value
+_ROUND = 2**64  # numbers of two bytes: a multiple of the addresses that there are
 _SOFTCAPS = (1e-30, 1e30)  # beyond these a softcap or its reciprocal leaves float32, and no score tells them apart
 
 
@@ -44,17 +47,42 @@ def bias_tensor(tensor: Tensor) -> Argument:
     return Argument(BiasTensor(tensor, batch, head, row), BiasTensor(pointer_type(tensor), "i64", "i64", "i64"))
 
 
-def row_descriptors(tensor: Tensor, rows: int, columns: int, tail: int) -> tuple[Argument, Argument]:
+def row_descriptors(
+    tensor: Tensor, rows: int, columns: int, tail: int, packed: bool = False
+) -> tuple[Argument, Argument]:
     """Tiles of a (batch, rows, heads, columns) tensor, and of its columns beyond the first."""
     tensor = tensor.transpose(1, 2)
-    return descriptor(tensor, rows, columns), descriptor(tensor[..., columns:], rows, tail) if tail else ABSENT
+    make = packed_descriptor if packed else descriptor
+    return make(tensor, rows, columns), make(tensor[..., columns:], rows, tail) if tail else ABSENT
+
+
+def packed_descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
+    """Tiles of sequences packed into a (1, heads, total, columns) tensor, which end where their sequence does.
+
+    Copies know the end of an axis alone. So each sequence is moved until its last row is the last of the axis of rows:
+    at (2**30, end, head, 2**30 - seqlen + row, column) is a row of the sequence of `seqlen` rows that ends before row
+    `end`. What is read beyond a sequence is 0, and nothing is written there.
+
+    The second axis goes by the stride of a row as well. The 2**30 rows too many are taken back by the first, at whose
+    end addresses have gone round once: its stride is 2**34 numbers, less a row. So the descriptor begins where the
+    tensor does. One that begins 2**30 rows before it needs no such axis, but a GPU reads by it only where memory is
+    mapped at its beginning, too. Each axis ends with its last coordinate, lest memory behind the tensor be touched.
+    """
+    _, heads, total, width = tensor.shape
+    _, head, row, one = descriptor_strides(tensor)
+    shape = [_PACKED_ROWS + 1, total + 1, heads, _PACKED_ROWS, width]
+    strides = [_ROUND // _PACKED_ROWS - row, row, head, row, one]
+    return _descriptor(tensor, shape, strides, [1, 1, 1, rows, columns])
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Argument:
     """Tiles (rows, columns) of the matrices of a (batch, heads, rows, columns) tensor."""
-    block = [1, 1, rows, columns]
-    layout = _shared_layout(rows, columns, tensor.dtype)
-    made: Any = TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, layout)
+    return _descriptor(tensor, list(tensor.shape), descriptor_strides(tensor), [1, 1, rows, columns])
+
+
+def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Argument:
+    layout = _shared_layout(tuple(block), tensor.dtype)
+    made: Any = TensorDescriptor(tensor, shape, strides, block, layout)
     return Argument(made, f"tensordesc<{DTYPES[tensor.dtype]}{block},{layout!r}>")
 
 
@@ -85,5 +113,5 @@ def extras_argument(extras: Extras, batch: int, heads: int, diagonal: int) -> Ar
 
 
 @lru_cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])

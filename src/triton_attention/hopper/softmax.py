@@ -139,13 +139,14 @@ def add_bias(exponents, values, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def mask_scores(scores, start_m, start_n, call, SPEC: gl.constexpr):
+def mask_scores(scores, start_m, start_n, limits, SPEC: gl.constexpr):
     """-inf where a query of [start_m, start_m + 64) may not see a key."""
     BLOCK_N: gl.constexpr = scores.shape[1]
     rows = start_m - start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
     cols = gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N)) + opaque_zero()
+    seqlen_k = limits.seqlen_k - start_n
     visible = allowed(
-        rows[:, None], cols[None, :], call.seqlen_k - start_n, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
+        rows[:, None], cols[None, :], seqlen_k, limits.lower, limits.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
     )
     return gl.where(visible, scores, -INFINITY)
 

@@ -33,8 +33,6 @@ def why_not(problem: Problem) -> list[str]:
             "reads tiles whose rows start at multiples of 16 bytes, and in q, k, v or the bias some do not; "
             "contiguous tensors with a row length that is a multiple of 8 do"
         )
-    if problem.varlen:
-        reasons.append("has no sequences of different lengths (cu_seqlens)")
     return reasons
 
 
