@@ -26,6 +26,7 @@ WINDOW = Mask(300, 200)
 LENGTHS = ((2048, 2048), (30, 700))
 EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True}, {"dropout_p": 0.1}, {"lengths": LENGTHS})
 ALL_EXTRAS = {name: value for extra in EXTRAS for name, value in extra.items()}
+DIFFERENTIATED_EXTRAS = {name: value for name, value in ALL_EXTRAS.items() if name != "dropout_p"}
 
 
 def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048, **extras):
@@ -50,6 +51,7 @@ LARGER = (
     larger(64, CAUSAL, "1hqk", torch.float32),
     *(larger(head_dim, mask, **extras) for head_dim in (64, 128, 256) for mask in (FULL, CAUSAL) for extras in EXTRAS),
     *(larger(head_dim, CAUSAL, "1hqk", **ALL_EXTRAS) for head_dim in (64, 128)),
+    *(larger(head_dim, WINDOW, **DIFFERENTIATED_EXTRAS) for head_dim in (64, 128, 256)),
     larger(64, FULL, "1hqk", dropout_p=0.1),
 )
 

@@ -273,16 +273,23 @@ def parts(tensor, lengths):
     return [part[None] for part in tensor.split(lengths)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 59])
-def test_one_long_sequence_among_short_ones(head_dim):
+@pytest.mark.parametrize(
+    ("backend", "head_dim"),
+    [
+        *(pytest.param("hopper", head_dim, marks=needs_hopper) for head_dim in (64, 256)),
+        ("portable", 64),
+        ("portable", 59),
+    ],
+)
+def test_one_long_sequence_among_short_ones(backend, head_dim):
     lengths = [4096, *range(1, 64)]
     random.Random(0).shuffle(lengths)
     leaves, how = packed(lengths, heads_kv=2, head_dim=head_dim)
-    out, lse = attention_varlen(*leaves, **how, causal=True, return_lse=True, backend="portable")
+    out, lse = attention_varlen(*leaves, **how, causal=True, return_lse=True, backend=backend)
     dout = torch.randn_like(out)
     gradients = torch.autograd.grad(out, leaves, dout)
     expected = [
-        (*attention(*tensors, causal=True, return_lse=True, backend="portable"), tensors, part)
+        (*attention(*tensors, causal=True, return_lse=True, backend=backend), tensors, part)
         for *tensors, part in zip(*(parts(x, lengths) for x in (*leaves, dout)), strict=True)
     ]
     close = partial(torch.testing.assert_close, rtol=2e-2, atol=1e-2)
@@ -293,13 +300,14 @@ def test_one_long_sequence_among_short_ones(head_dim):
         close(one, torch.cat(two, dim=1)[0])
 
 
-def test_a_nan_stays_in_its_sequence():
+@each_backend
+def test_a_nan_stays_in_its_sequence(backend):
     torch.use_deterministic_algorithms(False)
     lengths = [100, 77, 300]
     leaves, how = packed(lengths)
 
     def results():
-        out = attention_varlen(*leaves, **how, causal=True, backend="portable")
+        out = attention_varlen(*leaves, **how, causal=True, backend=backend)
         return out.detach(), *torch.autograd.grad(out.float().sin().sum(), leaves)
 
     expected = results()

@@ -298,9 +298,12 @@ def test_what_few_calls_have_in_the_backward(variants, name):
     assert (backward(*bias, extras=extras, needs_dbias=True) is None) == (extras.sink is None)
 
 
-@pytest.mark.parametrize("extras", [EXTRAS["dropout"], Extras(packing=())], ids=str)
-def test_what_the_backward_leaves(variants, extras):
-    assert backward(*tensors(64, None), extras=extras) is None
+def test_what_the_backward_leaves(variants):
+    assert backward(*tensors(64, None), extras=EXTRAS["dropout"]) is None
+    packed = [x.flatten(0, 1) for x in tensors(64, None)[:3]]
+    assert backward(*packed, None, extras=EXTRAS["packed"]) is not None
+    assert backward(*packed, None, extras=EXTRAS["packed"]._replace(dropout_p=0.1)) is None
+    assert backward(*packed, torch.zeros(1, 3, 300, 304).bfloat16(), extras=EXTRAS["packed"]) is None
 
 
 @pytest.mark.parametrize("bias_shape", [None, (1, 3, 300, 1)])
@@ -409,7 +412,8 @@ def test_the_tanh_of_a_softcap():
 
 def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, extras=NO_EXTRAS, deterministic=False):
     """What the launcher makes of a call whose results are zeros."""
-    out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+    lse = torch.zeros(q.shape[:-1]).transpose(-1, -2).contiguous()
     return launch.backward(
         torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, extras, deterministic
     )
@@ -437,6 +441,19 @@ WIDE = ["attention_bwd_rows", "attention_bwd_wide", "attention_bwd_queries"]
 def test_which_kernels_a_backward_has(variants, head_dim, deterministic, kernels):
     backward(*tensors(head_dim, None), deterministic=deterministic)
     assert [kernel.__name__ for kernel, _ in variants.launched] == kernels
+
+
+@pytest.mark.parametrize(("head_dim", "kernels"), [(64, APART), (128, APART), (256, WIDE)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_packed_sequences_have_a_deterministic_backward(variants, head_dim, kernels, deterministic):
+    packed = [x.flatten(0, 1) for x in tensors(head_dim, None)[:3]]
+    q, k, v = packed[0], *(x[:500] for x in packed[1:])
+    extras = EXTRAS["packed"]._replace(sink=torch.ones(3))
+    dq, dk, dv, dbias, dsink = backward(q, k, v, None, extras=extras, deterministic=deterministic)
+    assert [x.shape for x in (dq, dk, dv, dsink)] == [q.shape, k.shape, v.shape, (3,)]
+    assert dbias is None
+    assert [kernel.__name__ for kernel, _ in variants.launched] == kernels
+    assert len(recipes._recipes) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

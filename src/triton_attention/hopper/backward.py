@@ -26,9 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared, reinterpret
+from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,
+    coordinates,
     new_barriers,
     new_channel,
     new_tiles,
@@ -49,24 +51,8 @@ from triton_attention.hopper.layouts import (
 )
 from triton_attention.hopper.narrow import multiply_narrow, narrow
 from triton_attention.hopper.rows import PANEL
-from triton_attention.hopper.schedule import place_in_section, visible_range
+from triton_attention.hopper.schedule import place_in_section, place_of_keys, place_of_queries, visible_range
 from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, allowed, cap_scores, distances, opaque_zero
-
-
-class BackwardCall(NamedTuple):
-    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper."""
-
-    seqlen_q: object
-    seqlen_k: object
-    heads_q: object
-    group: object  # query heads per key head
-    batch: object
-    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `block_of`
-    lower: object
-    upper: object
-    softmax_scale: object
-    scale: object  # of q k^T: softmax_scale * log2(e), or if SPEC.SOFTCAP softmax_scale / softcap
-    extras: object = None  # what few calls have, a heads.Extras
 
 
 class Inputs(NamedTuple):
@@ -113,6 +99,7 @@ class Block(NamedTuple):
     full_first: object
     full_last: object
     last: object
+    sequence: object  # a schedule.Sequence where they are packed, else 0
 
 
 class Step(NamedTuple):
@@ -125,9 +112,13 @@ class Step(NamedTuple):
 
 
 @gluon.jit
-def num_blocks(call, TILE: gl.constexpr):
+def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Of keys: a program takes every `num_programs`-th, from that of its own number on."""
-    return gl.cdiv(call.seqlen_k, TILE.CONSUMERS * WARPGROUP_ROWS) * (call.heads_q // call.group) * call.batch
+    if SPEC.VARLEN:
+        blocks = gl.num_programs(0)  # each has one
+    else:
+        blocks = gl.cdiv(call.seqlen_k, TILE.CONSUMERS * WARPGROUP_ROWS) * (call.heads_q // call.group) * call.batch
+    return blocks
 
 
 @gluon.jit
@@ -136,11 +127,16 @@ def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     keys, those that most queries see under a causal mask first; and then by matrix."""
     BLOCK_N: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
-    heads_kv = call.heads_q // call.group
-    matrices = heads_kv * call.batch
-    block, matrix = place_in_section(number, gl.cdiv(call.seqlen_k, BLOCK_N), matrices, call.section)
-    batch = matrix // heads_kv
-    start_n = block * BLOCK_N
+    sequence = 0
+    if SPEC.VARLEN:
+        start_n, head_kv, batch, sequence = call.own.start, call.own.head, call.own.batch, call.own.sequence
+    else:
+        heads_kv = call.heads_q // call.group
+        matrices = heads_kv * call.batch
+        block, matrix = place_in_section(number, gl.cdiv(call.seqlen_k, BLOCK_N), matrices, call.section)
+        batch = matrix // heads_kv
+        head_kv = matrix - batch * heads_kv
+        start_n = block * BLOCK_N
     begin, full_begin, full_end, end = visible_range(
         start_n, call.seqlen_k, call.seqlen_q, -call.upper, -call.lower, SPEC.HAS_UPPER, SPEC.HAS_LOWER, BLOCK_N,
         BLOCK_M,
@@ -149,12 +145,12 @@ def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     full_end = gl.where(start_n + BLOCK_N > call.seqlen_k, full_begin, full_end)
     first = begin // BLOCK_M
     last = gl.cdiv(end, BLOCK_M)
-    if SPEC.HAS_UPPER or SPEC.HAS_LOWER:
+    if SPEC.HAS_UPPER or SPEC.HAS_LOWER or SPEC.VARLEN:
         unseen = last <= first
         first = gl.where(unseen, 0, first)
         last = gl.where(unseen, 1, last)
         full_end = gl.where(unseen, 0, full_end)
-    return Block(start_n, matrix - batch * heads_kv, batch, first, full_begin // BLOCK_M, full_end // BLOCK_M, last)
+    return Block(start_n, head_kv, batch, first, full_begin // BLOCK_M, full_end // BLOCK_M, last, sequence)
 
 
 @gluon.jit
@@ -175,37 +171,43 @@ def following(step, call, SPEC: gl.constexpr, TILE: gl.constexpr):
         head += 1
         if head == (block.head_kv + 1) * call.group:
             number += gl.num_programs(0)
-            block = block_of(gl.minimum(number, num_blocks(call, TILE) - 1), call, SPEC, TILE)
+            block = block_of(gl.minimum(number, num_blocks(call, SPEC, TILE) - 1), call, SPEC, TILE)
             head = block.head_kv * call.group
         m = block.first
     return Step(head, m, block, number)
 
 
 @gluon.jit
-def rows_origin(batch, head, call):
+def rows_origin(batch, head, call, SPEC: gl.constexpr):
     """(where the two numbers of each of a head's queries begin, how many rows there are with the padding)."""
-    padded = gl.cdiv(call.seqlen_q, WARPGROUP_ROWS) * WARPGROUP_ROWS
-    return (batch * call.heads_q + head).to(gl.int64) * 2 * padded, padded
+    if SPEC.VARLEN:
+        padded = (call.packing.total_q // WARPGROUP_ROWS + call.batch + 1) * WARPGROUP_ROWS
+        origin = head.to(gl.int64) * 2 * padded + call.own.numbers
+    else:
+        padded = gl.cdiv(call.seqlen_q, WARPGROUP_ROWS) * WARPGROUP_ROWS
+        origin = (batch * call.heads_q + head).to(gl.int64) * 2 * padded
+    return origin, padded
 
 
 @gluon.jit
-def load_query_numbers(rows, batch, head, queries, call):
+def load_query_numbers(rows, batch, head, queries, call, SPEC: gl.constexpr):
     """(lse, -delta) of the queries of these numbers: those that do not exist get probabilities of 0."""
-    origin, padded = rows_origin(batch, head, call)
+    origin, padded = rows_origin(batch, head, call, SPEC)
     pointers = rows + origin + queries
     lse = gl.load(pointers, mask=queries < call.seqlen_q, other=INFINITY)
     return lse, gl.load(pointers + padded, mask=queries < call.seqlen_q, other=0.0)
 
 
 @gluon.jit
-def send_keys(channels, inputs, i, block, TILE: gl.constexpr):
+def send_keys(channels, inputs, i, block, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Copy the i-th block of keys and values of this program, when what was in their place has been left."""
-    send(channels.k, inputs.k, None, i, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
-    send(channels.v, inputs.v, None, i, block.batch, block.head_kv, block.start_n, 0, TILE.CONSUMERS)
+    batch, row = place_of_keys(block.start_n, block.batch, block.sequence, SPEC)
+    send(channels.k, inputs.k, None, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
+    send(channels.v, inputs.v, None, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
 
 
 @gluon.jit
-def send_queries(channels, inputs, i, step, SPEC: gl.constexpr, TILE: gl.constexpr):
+def send_queries(channels, inputs, i, step, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Copy the operands of the i-th step, when the consumers are done with what was in their place."""
     SLOTS: gl.constexpr = TILE.STAGES
     PARTS: gl.constexpr = TILE.CONSUMERS
@@ -222,12 +224,21 @@ def send_queries(channels, inputs, i, step, SPEC: gl.constexpr, TILE: gl.constex
             copy_to_shared(inputs.bias, place, full, channels.bias.index(slot * PARTS + part))
     else:
         mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows))
-    copy_to_shared(inputs.q, [batch, head, start_m, 0], full, channels.q.tiles.index(slot))
+    if SPEC.VARLEN:
+        first_number = call.own.numbers + start_m
+        numbers_batch = 0
+    else:
+        first_number = start_m
+        numbers_batch = batch
     for number in gl.static_range(2):
-        copy_to_shared(inputs.rows, [batch, head, number, start_m], full, channels.rows.index(slot * 2 + number))
+        place = [numbers_batch, head, number, first_number]
+        copy_to_shared(inputs.rows, place, full, channels.rows.index(slot * 2 + number))
+    batch, start_m = place_of_queries(start_m, batch, step.block.sequence, SPEC)
+    place = coordinates(inputs.q, batch, head, start_m, 0)
+    copy_to_shared(inputs.q, place, full, channels.q.tiles.index(slot))
     full = channels.dout.full.index(slot)
     mbarrier.expect(full, bytes_of(inputs.dout))
-    copy_to_shared(inputs.dout, [batch, head, start_m, 0], full, channels.dout.tiles.index(slot))
+    copy_to_shared(inputs.dout, place, full, channels.dout.tiles.index(slot))
 
 
 @gluon.jit
@@ -299,13 +310,14 @@ def store_key_dbias(pointer, dbias, batch, head, keys, call):
 
 
 @gluon.jit
-def store_rows(descriptor, channel, i, values, block, start_n, INDEX: gl.constexpr):
+def store_rows(descriptor, channel, i, values, block, start_n, SPEC: gl.constexpr, INDEX: gl.constexpr):
     """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of the i-th K or V."""
     SHAPE: gl.constexpr = values.shape
     tile = whole_tile(channel.tiles, channel, i, INDEX)
     tile.reshape([SHAPE[0], SHAPE[1]]).store(values.to(descriptor.dtype))
     fence_async_shared()
-    copy_to_global(descriptor, [block.batch, block.head_kv, start_n, 0], tile)
+    batch, row = place_of_keys(start_n, block.batch, block.sequence, SPEC)
+    copy_to_global(descriptor, coordinates(descriptor, batch, block.head_kv, row, 0), tile)
 
 
 @gluon.jit
@@ -315,7 +327,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     step = 0
     i = 0
-    for number in range(gl.program_id(0), num_blocks(call, TILE), gl.num_programs(0)):
+    for number in range(gl.program_id(0), num_blocks(call, SPEC, TILE), gl.num_programs(0)):
         block = block_of(number, call, SPEC, TILE)
         start_n = block.start_n + INDEX * WARPGROUP_ROWS
         dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
@@ -375,10 +387,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
             if SPEC.DBIAS == "keys":
                 store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
 
-        store_rows(gradients.dv, channels.v, i, dv, block, start_n, INDEX)
+        store_rows(gradients.dv, channels.v, i, dv, block, start_n, SPEC, INDEX)
         if SPEC.DQ == "added":
             mbarrier.wait(channels.keys_read.index(i % TILE.KEYS_STAGES), i // TILE.KEYS_STAGES & 1)
-        store_rows(gradients.dk, channels.k, i, dk * call.softmax_scale, block, start_n, INDEX)
+        store_rows(gradients.dk, channels.k, i, dk * call.softmax_scale, block, start_n, SPEC, INDEX)
         tma.store_wait(0)
         release(channels.v, i)
         release(channels.k, i)
@@ -390,14 +402,14 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """A producer warp: it copies the operands of one step after the other."""
     step = 0
     i = 0
-    for number in range(gl.program_id(0), num_blocks(call, TILE), gl.num_programs(0)):
+    for number in range(gl.program_id(0), num_blocks(call, SPEC, TILE), gl.num_programs(0)):
         block = block_of(number, call, SPEC, TILE)
         for member in range(call.group):
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
-                send_queries(channels, inputs, step, Step(head, m, block, number), SPEC, TILE)
+                send_queries(channels, inputs, step, Step(head, m, block, number), call, SPEC, TILE)
                 if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
-                    send_keys(channels, inputs, i, block, TILE)
+                    send_keys(channels, inputs, i, block, SPEC, TILE)
                 step += 1
         i += 1
 
@@ -427,30 +439,30 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     ROWS: gl.constexpr = BLOCK_M * COLUMNS // PANEL
     K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
     AHEAD: gl.constexpr = TILE.KEYS_STAGES - 1  # blocks of keys
-    last_block = num_blocks(call, TILE)
+    last_block = num_blocks(call, SPEC, TILE)
     programs = gl.num_programs(0)
     zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
     blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
     to_send = first_step(call, SPEC, TILE)
     if AHEAD > 0:
-        send_keys(channels, inputs, 0, to_send.block, TILE)
+        send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
     for step in gl.static_range(STAGES):
         if to_send.number < last_block:
-            send_queries(channels, inputs, step, to_send, SPEC, TILE)
+            send_queries(channels, inputs, step, to_send, call, SPEC, TILE)
             to_send = following(to_send, call, SPEC, TILE)
     step = 0
     i = 0
     for number in range(gl.program_id(0), last_block, programs):
         ahead = number + AHEAD * programs
         if ahead < last_block:
-            send_keys(channels, inputs, i + AHEAD, block_of(ahead, call, SPEC, TILE), TILE)
+            send_keys(channels, inputs, i + AHEAD, block_of(ahead, call, SPEC, TILE), SPEC, TILE)
         block = block_of(number, call, SPEC, TILE)
         wait_full(channels.k, i)
         for member in range(call.group):
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
                 if step > 0 and to_send.number < last_block:  # the consumers are about done with the step before
-                    send_queries(channels, inputs, step - 1 + STAGES, to_send, SPEC, TILE)
+                    send_queries(channels, inputs, step - 1 + STAGES, to_send, call, SPEC, TILE)
                     to_send = following(to_send, call, SPEC, TILE)
                 wait_full(channels.dscores, step)
                 if SPEC.DBIAS == "tile":
@@ -523,8 +535,11 @@ def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, call, SPEC: gl.c
     entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also these columns of
     `dbias` (batch, heads_q, seqlen_q, seqlen_k), written where a key is visible; with "keys" the sums of dS over the
     queries, `dbias` (batch, heads_q, seqlen_k). With SPEC.DQ == "added" a program adds its share to `dq`, in no fixed
-    order; everything else is the same bit for bit in every run.
+    order; everything else is the same bit for bit in every run. Of packed sequences the grid has a program for each
+    block that they may have, see `call_of_own_block`.
     """
+    if SPEC.VARLEN:
+        call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(dq, dk, dv, dbias)
     ADDS_DQ: gl.constexpr = SPEC.DQ == "added"

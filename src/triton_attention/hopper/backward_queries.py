@@ -21,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.backward import load_key_bias, load_query_numbers
-from triton_attention.hopper.channel import new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.backward_call import call_of_own_block
+from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
 from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import (
@@ -32,7 +33,7 @@ from triton_attention.hopper.layouts import (
     rows_layout,
 )
 from triton_attention.hopper.narrow import multiply_narrow, narrow
-from triton_attention.hopper.schedule import place_in_section, visible_range
+from triton_attention.hopper.schedule import place_in_section, place_of_keys, place_of_queries, visible_range
 from triton_attention.hopper.softmax import LOG2_E, add_bias, cap_scores, distances, mask_scores
 
 
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
     v: object
     dout: object
     bias: object  # or a `BiasTensor` of one number a key, or None
-    rows: object  # a pointer to (batch, heads_q, 2, seqlen_q padded): see `attention_bwd_rows`
+    rows: object  # a pointer to the numbers of the queries: see `attention_bwd_rows`
 
 
 class Channels(NamedTuple):
@@ -68,6 +69,7 @@ class Block(NamedTuple):
     full_first: object
     full_last: object
     last: object
+    sequence: object  # a schedule.Sequence where they are packed, else 0
 
 
 @gluon.jit
@@ -75,19 +77,25 @@ def block_of_program(call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """As that of the keys' kernel; under a causal mask those that see most keys first."""
     BLOCK_M: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     BLOCK_N: gl.constexpr = TILE.BLOCK_N
-    num_blocks = gl.cdiv(call.seqlen_q, BLOCK_M)
-    matrices = call.heads_q * call.batch
-    block, matrix = place_in_section(gl.program_id(0), num_blocks, matrices, call.section * call.group)
-    if SPEC.HAS_UPPER:
-        block = num_blocks - 1 - block
-    batch = matrix // call.heads_q
-    start_m = block * BLOCK_M
+    sequence = 0
+    if SPEC.VARLEN:
+        start_m, head, batch, sequence = call.own.start, call.own.head, call.own.batch, call.own.sequence
+    else:
+        num_blocks = gl.cdiv(call.seqlen_q, BLOCK_M)
+        matrices = call.heads_q * call.batch
+        block, matrix = place_in_section(gl.program_id(0), num_blocks, matrices, call.section * call.group)
+        if SPEC.HAS_UPPER:
+            block = num_blocks - 1 - block
+        batch = matrix // call.heads_q
+        start_m = block * BLOCK_M
     begin, full_begin, full_end, end = visible_range(
         start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER, BLOCK_M, BLOCK_N
     )
+    if not SPEC.VARLEN:
+        head = matrix - batch * call.heads_q
     return Block(
-        start_m, matrix - batch * call.heads_q, batch, begin // BLOCK_N, gl.cdiv(full_begin, BLOCK_N),
-        full_end // BLOCK_N, gl.cdiv(end, BLOCK_N),
+        start_m, head, batch, begin // BLOCK_N, gl.cdiv(full_begin, BLOCK_N), full_end // BLOCK_N,
+        gl.cdiv(end, BLOCK_N), sequence,
     )  # fmt: skip
 
 
@@ -98,16 +106,18 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     block = block_of_program(call, SPEC, TILE)
     batch = block.batch
     head_kv = block.head // call.group
-    send(channels.q, inputs.q, None, 0, batch, block.head, block.start_m, 0, CONSUMERS)
+    batch_q, row_q = place_of_queries(block.start_m, batch, block.sequence, SPEC)
+    send(channels.q, inputs.q, None, 0, batch_q, block.head, row_q, 0, CONSUMERS)
     step = 0
     for n in range(block.first, block.last):
         start_n = n * TILE.BLOCK_N
-        send(channels.k, inputs.k, None, step, batch, head_kv, start_n, 0, 1)
+        batch_kv, row_kv = place_of_keys(start_n, batch, block.sequence, SPEC)
+        send(channels.k, inputs.k, None, step, batch_kv, head_kv, row_kv, 0, 1)
         if SPEC.BIAS_ROWS:
             send(channels.bias, inputs.bias, None, step, batch, block.head, block.start_m, start_n, CONSUMERS)
         if step == 0:
-            send(channels.dout, inputs.dout, None, 0, batch, block.head, block.start_m, 0, CONSUMERS)
-        send(channels.v, inputs.v, None, step, batch, head_kv, start_n, 0, 1)
+            send(channels.dout, inputs.dout, None, 0, batch_q, block.head, row_q, 0, CONSUMERS)
+        send(channels.v, inputs.v, None, step, batch_kv, head_kv, row_kv, 0, 1)
         step += 1
 
 
@@ -142,7 +152,7 @@ def consume(
     sums = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
     zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, accumulator_layout(BLOCK_N))
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
-    lse, negative_delta = load_query_numbers(inputs.rows, block.batch, block.head, numbers, call)
+    lse, negative_delta = load_query_numbers(inputs.rows, block.batch, block.head, numbers, call, SPEC)
     slope = load_slope(block.batch, block.head, call, SPEC) * LOG2_E
     q = tile_of(channels.q.tiles, channels.q, 0, INDEX)
     dout = tile_of(channels.dout.tiles, channels.dout, 0, INDEX)
@@ -184,7 +194,8 @@ def consume(
         step += 1
     q.store((sums * call.softmax_scale).to(q.dtype))
     fence_async_shared()
-    copy_to_global(dq, [block.batch, block.head, start_m, 0], channels.q.tiles.index(INDEX))
+    batch, row = place_of_queries(start_m, block.batch, block.sequence, SPEC)
+    copy_to_global(dq, coordinates(dq, batch, block.head, row, 0), channels.q.tiles.index(INDEX))
     tma.store_wait(0)
 
 
@@ -194,8 +205,10 @@ def attention_bwd_queries(q, k, v, dout, rows, bias, dq, dbias, call, SPEC: gl.c
 
     Grid: one program for each block of 64 CONSUMERS queries of each head of each batch entry. It owns these rows of
     `dq`, and with SPEC.DBIAS == "tile" of `dbias` (batch, heads_q, seqlen_q, seqlen_k), which it writes where a query
-    sees a key.
+    sees a key. Of packed sequences the grid has a program for each block that they may have, see `call_of_own_block`.
     """
+    if SPEC.VARLEN:
+        call = call_of_own_block(call, False, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     STAGES: gl.constexpr = TILE.STAGES
     CONSUMERS: gl.constexpr = TILE.CONSUMERS
     inputs = Inputs(q, k, v, dout, bias, rows)

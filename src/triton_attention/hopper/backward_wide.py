@@ -30,6 +30,7 @@ from triton_attention.hopper.backward import (
     store_rows,
     weigh,
 )
+from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
@@ -86,7 +87,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
             step += 1
     release(channels.k, 0)
     mbarrier.wait(channels.v.empty.index(0), 0)  # the other consumer is done with V
-    store_rows(gradients.dv, channels.v, 0, dv, block, block.start_n, WHOLE)
+    store_rows(gradients.dv, channels.v, 0, dv, block, block.start_n, SPEC, WHOLE)
     tma.store_wait(0)
 
 
@@ -126,7 +127,7 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
             store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
     release(channels.v, 0)
     mbarrier.wait(channels.k.empty.index(0), 0)  # the other consumer is done with K
-    store_rows(gradients.dk, channels.k, 0, dk * call.softmax_scale, block, block.start_n, WHOLE)
+    store_rows(gradients.dk, channels.k, 0, dk * call.softmax_scale, block, block.start_n, SPEC, WHOLE)
     tma.store_wait(0)
 
 
@@ -135,8 +136,11 @@ def attention_bwd_wide(q, k, v, dout, rows, bias, dk, dv, dbias, call, SPEC: gl.
     """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head.
 
     Grid: one program for each block of 64 keys of each key head of each batch entry. It owns these rows of `dk` and
-    `dv`, and with SPEC.DBIAS == "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k).
+    `dv`, and with SPEC.DBIAS == "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k). Of packed
+    sequences the grid has a program for each block that they may have, see `call_of_own_block`.
     """
+    if SPEC.VARLEN:
+        call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(0, dk, dv, dbias)
     channels = new_channels(inputs, SPEC, TILE, 2, True)

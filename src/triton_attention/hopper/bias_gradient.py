@@ -181,7 +181,7 @@ def add_sharers(
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
     for i in range(tile.first, tile.last):
         batch, head = sharer(tile, i, sharing)
-        lse, negative_delta = load_query_numbers(operands.rows, batch, head, numbers, call)
+        lse, negative_delta = load_query_numbers(operands.rows, batch, head, numbers, call, SPEC)
         scores = zero
         dweights = zero
         for chunk in gl.static_range(CHUNKS):

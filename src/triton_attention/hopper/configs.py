@@ -147,6 +147,7 @@ class BackwardSpec:
     DQ: str = "apart"  # or "added": the kernel that owns keys adds up dq, in no fixed order
     SOFTCAP: bool = False
     ALIBI: bool = False
+    VARLEN: bool = False  # sequences are packed one after the other; then neither a bias nor sums of dq
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ class RowsSpec:
     HEAD_DIM_V: int
     BLOCK_D: int
     BLOCK_DV: int
+    VARLEN: bool = False
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,8 @@ def takes_blocks_in_turn(spec: BackwardSpec, queries: int) -> bool:
     s 1k, 2k, 4k: d 64 full 754 and 839, 1334 and 1379, 2637 and 2691, causal 480 and 539, 1189 and 817, 2145 and 1450;
     d 128 full 647 and 662, 1204 and 1180, 2364 and 2230, causal 529 and 464, 807 and 743, 1412 and 1281.
     """
+    if spec.VARLEN:
+        return False
     banded = spec.HAS_LOWER or spec.HAS_UPPER
     if max(spec.BLOCK_D, spec.BLOCK_DV) <= 64:
         return not banded or queries <= 1024

@@ -23,15 +23,16 @@ from triton_attention.hopper.operands import (
     bias_tensor,
     descriptor,
     extras_argument,
+    packing_argument,
+    relative_bounds,
     row_descriptors,
     softcap_of,
     with_aligned_rows,
 )
 from triton_attention.hopper.plan_backward import BackwardPlan, plan_backward
 from triton_attention.hopper.schedule import Call
-from triton_attention.hopper.schedule import Packing as PackingNumbers
 from triton_attention.kernel import ForwardPlan, Launch, run
-from triton_attention.problem import NO_EXTRAS, Extras, Mask, Packing, read_by_rows
+from triton_attention.problem import NO_EXTRAS, Extras, Mask, read_by_rows
 
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
@@ -78,12 +79,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed.
 
-    With `deterministic` dq is added up in a fixed order. None where rows are not aligned, with dropout and packed
-    sequences, and where the gradient of a bias is wanted beside a softcap or ALiBi.
+    With `deterministic`, and of packed sequences, dq is added up in a fixed order. None where rows are not aligned,
+    with dropout, where packed sequences have a bias, and where its gradient is wanted beside a softcap or ALiBi.
     """
-    if not differentiates(extras, needs_dbias):
+    if not differentiates(extras, bias is not None, needs_dbias):
         return None
-    device = q.device
+    device, packed = q.device, extras.packing is not None
+    if packed:
+        dout, q, k, v, out, lse = (x[None] for x in (dout, q, k, v, out, lse))
 
     def make(
         dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor,
@@ -106,13 +109,17 @@ def backward(
             plan = make(*tensors)
             for launch in () if plan is None else plan.launches:
                 run(launch)
-        return None if plan is None else (plan.dq, plan.dk, plan.dv, plan.finish_dbias(), plan.finish_dsink())
+        if plan is None:
+            return None
+        dq, dk, dv = (x[0] if packed else x for x in (plan.dq, plan.dk, plan.dv))
+        return dq, dk, dv, plan.finish_dbias(), plan.finish_dsink()
 
 
-def differentiates(extras: Extras, needs_dbias: bool) -> bool:
+def differentiates(extras: Extras, has_bias: bool, needs_dbias: bool) -> bool:
     """Whether the backward kernels take what few calls have."""
     changes_scores = extras.softcap > 0.0 or extras.alibi_slopes is not None
-    return extras.dropout_p == 0.0 and extras.packing is None and not (changes_scores and needs_dbias)
+    packed_with_bias = extras.packing is not None and has_bias
+    return extras.dropout_p == 0.0 and not packed_with_bias and not (changes_scores and needs_dbias)
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
@@ -137,8 +144,7 @@ def plan_forward(
     packing, packed = extras.packing, extras.packing is not None
     bounds = mask.bounds(seqlen_q, seqlen_k)
     if packing is not None:
-        reach = max(seqlen_q, seqlen_k)
-        bounds = -min(mask.left or 0, reach), min(mask.right or 0, reach)
+        bounds = relative_bounds(mask, seqlen_q, seqlen_k)
         batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
     varies = (False, False)
     shared = False
@@ -182,7 +188,7 @@ def plan_forward(
     section = _section(spec, 1 if packed else batch, heads, group, seqlen_k)
     call = Call(seqlen_q, seqlen_k, heads, group, batch, section, *bounds, scale)
     numbers = extras_argument(extras, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
-    sequences = _packing(packing, q.shape[1], k.shape[1], mask)
+    sequences = packing_argument(packing, q.shape[1], k.shape[1], mask)
     call = call._replace(extras=numbers.value, packing=sequences.value)
     if bias is None:
         bias_argument = ABSENT
@@ -215,14 +221,6 @@ def _section(spec: Spec, batch: int, heads: int, group: int, seqlen_k: int) -> i
     bytes_of_keys = 2 * seqlen_k * (spec.BLOCK_D + spec.TAIL_D + spec.BLOCK_DV + spec.TAIL_DV)
     fit = max(1, _SECTION_BYTES // bytes_of_keys) * group
     return min(ceil_div(fit, together) * together, batch * heads)
-
-
-def _packing(packing: Packing | None, total_q: int, total_k: int, mask: Mask) -> Argument:
-    if packing is None:
-        return ABSENT
-    starts_q, starts_k = flat(packing.cu_seqlens_q.contiguous()), flat(packing.cu_seqlens_k.contiguous())
-    numbers = PackingNumbers(starts_q.value, starts_k.value, total_q, total_k, int(not mask.top_left))
-    return Argument(numbers, PackingNumbers(starts_q.type, starts_k.type, "i32", "i32", "i32"))
 
 
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32")

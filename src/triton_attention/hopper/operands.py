@@ -24,8 +24,9 @@ from triton_attention.hopper.bias import BiasTensor
 from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.heads import Extras as KernelExtras
 from triton_attention.hopper.heads import Slopes
+from triton_attention.hopper.schedule import Packing as PackingNumbers
 from triton_attention.philox import drop_below
-from triton_attention.problem import Extras
+from triton_attention.problem import Extras, Mask, Packing
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
 _PACKED_ROWS = PACKED_ROWS.value
@@ -89,6 +90,21 @@ def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: lis
 def softcap_of(extras: Extras) -> float:
     smallest, largest = _SOFTCAPS
     return min(max(extras.softcap, smallest), largest)
+
+
+def packing_argument(packing: Packing | None, total_q: int, total_k: int, mask: Mask) -> Argument:
+    """Where packed sequences are; None for others."""
+    if packing is None:
+        return ABSENT
+    starts_q, starts_k = flat(packing.cu_seqlens_q.contiguous()), flat(packing.cu_seqlens_k.contiguous())
+    numbers = PackingNumbers(starts_q.value, starts_k.value, total_q, total_k, int(not mask.top_left))
+    return Argument(numbers, PackingNumbers(starts_q.type, starts_k.type, "i32", "i32", "i32"))
+
+
+def relative_bounds(mask: Mask, total_q: int, total_k: int) -> tuple[int, int]:
+    """The band of packed sequences, which each of them counts from its own diagonal."""
+    reach = max(total_q, total_k)
+    return -min(mask.left or 0, reach), min(mask.right or 0, reach)
 
 
 def extras_argument(extras: Extras, batch: int, heads: int, diagonal: int) -> Argument:

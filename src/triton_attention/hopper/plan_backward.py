@@ -1,14 +1,14 @@
 """How does a backward call become kernel launches? The plan is as pure as that of the forward.
 
 Two numbers a query first, then the kernel for dk, dv and sums for dq, then dq. Where dq is to be the same in every run,
-and where heads are wide, dq has a kernel of its own. And where a bias is shared, its gradient has one.
+where heads are wide, and of packed sequences, dq has a kernel of its own. Where a bias is shared, its gradient has one.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from triton_attention.arguments import (
     pointer_type,
     with_unit_last_stride,
 )
-from triton_attention.hopper.backward import BackwardCall, attention_bwd
+from triton_attention.hopper.backward import attention_bwd
+from triton_attention.hopper.backward_call import BackwardCall
 from triton_attention.hopper.backward_queries import attention_bwd_queries
 from triton_attention.hopper.backward_wide import attention_bwd_wide
 from triton_attention.hopper.bias_gradient import BLOCK_M, BLOCK_N, Sharing, attention_bwd_dbias
@@ -35,7 +36,15 @@ from triton_attention.hopper.configs import (
     takes_blocks_in_turn,
 )
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
-from triton_attention.hopper.operands import bias_tensor, descriptor, extras_argument, row_descriptors, softcap_of
+from triton_attention.hopper.operands import (
+    bias_tensor,
+    descriptor,
+    extras_argument,
+    packing_argument,
+    relative_bounds,
+    row_descriptors,
+    softcap_of,
+)
 from triton_attention.hopper.rows import PANEL, Strided, attention_bwd_dq, attention_bwd_rows
 from triton_attention.kernel import Launch
 from triton_attention.problem import Extras, Mask
@@ -55,9 +64,16 @@ class SinkRows(NamedTuple):
     sink: Tensor
     lse: Tensor
     rows: Tensor  # see `attention_bwd_rows`
+    packed: bool
 
     def dscores(self) -> Tensor:
-        """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q)."""
+        """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q).
+
+        Of packed sequences (1, heads_q, total_q padded), and 0 where there is no query.
+        """
+        if self.packed:
+            lse, negative_delta = self.rows.unbind(2)
+            return torch.exp2(self.sink.float()[:, None] * _LOG2_E - lse) * negative_delta
         lse = self.lse.masked_fill(self.lse == -math.inf, math.inf)
         return torch.exp(self.sink.float()[:, None] - lse) * self.rows[:, :, 1, : lse.shape[2]]
 
@@ -94,45 +110,56 @@ def plan_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
     mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras, deterministic: bool, num_sms: int,
 ) -> BackwardPlan:  # fmt: skip
-    """Rows of dout are aligned and dlse is contiguous: a plan does not compute."""
+    """Tensors have four axes; packed ones are a batch of one, and so is lse (1, heads_q, total_q).
+
+    Rows of dout are aligned and dlse is contiguous: a plan does not compute.
+    """
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
     block_d, block_dv = _padded(head_dim), _padded(head_dim_v)
+    matrices, group, blocks_m = batch * heads, heads // heads_kv, ceil_div(seqlen_q, _ROWS)
+    bounds = mask.bounds(seqlen_q, seqlen_k)
+    packing, packed = extras.packing, extras.packing is not None
+    if packing is not None:
+        bounds = relative_bounds(mask, seqlen_q, seqlen_k)
+        blocks_m = seqlen_q // _ROWS + packing.batch + 1
+        batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
     addend = _Addend.of(bias, (batch, heads, seqlen_q, seqlen_k))
     kind = _kind_of_dbias(bias, q) if needs_dbias and bias is not None else "none"
     dbias = _new_dbias(kind, bias, dlse, lse, mask)
-    adds_dq = not deterministic and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
+    adds_dq = not deterministic and not packed and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
     spec = BackwardSpec(
         block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
-        SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None,
+        SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, VARLEN=packed,
     )  # fmt: skip
-    blocks_m, group = ceil_div(seqlen_q, _ROWS), heads // heads_kv
-    rows = q.new_empty(batch, heads, 2, blocks_m * _ROWS, dtype=torch.float32)
+    rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
-    section = max(1, _SECTION_BYTES // (row_bytes * blocks_m * _ROWS * group)) if mask.right is not None else 1
+    bytes_of_queries = row_bytes * ceil_div(seqlen_q, _ROWS) * _ROWS * group
+    section = max(1, _SECTION_BYTES // bytes_of_queries) if mask.right is not None else 1
     without_sink = extras._replace(sink=None)  # it is in lse
     kernel_extras = extras_argument(without_sink, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
+    sequences = packing_argument(packing, q.shape[1], k.shape[1], mask)
     numbers = BackwardCall(
-        seqlen_q, seqlen_k, heads, group, batch, min(section, batch * heads_kv), *mask.bounds(seqlen_q, seqlen_k),
-        softmax_scale, softmax_scale / softcap_of(extras) if spec.SOFTCAP else softmax_scale * _LOG2_E,
-        kernel_extras.value,
+        seqlen_q, seqlen_k, heads, group, batch, min(section, matrices // group), *bounds, softmax_scale,
+        softmax_scale / softcap_of(extras) if spec.SOFTCAP else softmax_scale * _LOG2_E, kernel_extras.value,
+        sequences.value,
     )  # fmt: skip
-    call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type))
+    call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type, packing=sequences.type))
     tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, call, num_sms)
 
-    row_programs = blocks_m * heads * batch
-    variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv), RowsTile(_ROWS, min(block_d, 64)))
+    row_programs = blocks_m * matrices
+    variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv, packed), RowsTile(_ROWS, min(block_d, 64)))
     dlse_argument = ABSENT if dlse is None else flat(dlse)
-    results = (_strided(out), _strided(dout), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
+    results = (_strided(out, packed), _strided(dout, packed), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
     if adds_dq:
         sums = q.new_empty(1, 1, batch * heads * blocks_m * _ROWS * block_d // _PANEL, _PANEL, dtype=torch.float32)
         spec_of_keys = replace(spec, DBIAS=kind if kind in ("keys", "tile") else "none", DQ="added")
         launches = [
             Launch(attention_bwd_rows, row_programs, (*results, flat(sums), call), *variant),
             tensors.launch_of_keys(spec_of_keys, sums),
-            Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq), call), *variant),
+            Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq, packed), call), *variant),
         ]
     else:
         launches = [
@@ -143,7 +170,7 @@ def plan_backward(
     if bias is not None and kind == "shared":
         dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, num_sms)
         launches.append(launch)
-    sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows)
+    sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows, packed)
     return BackwardPlan(dq, dk, dv, dbias, bias, sink_rows, launches)
 
 
@@ -167,20 +194,20 @@ class _Tensors(NamedTuple):
         """The kernel for dk and dv."""
         tile = keys_tile_for(spec, self.addend.size, self.k.shape[1])
         inputs = (
-            _rows_of(self.q, _ROWS, spec.BLOCK_D),
-            _rows_of(self.k, _ROWS, spec.BLOCK_D),
-            _rows_of(self.v, _ROWS, spec.BLOCK_DV),
-            _rows_of(self.dout, _ROWS, spec.BLOCK_DV),
+            _rows_of(self.q, _ROWS, spec.BLOCK_D, spec.VARLEN),
+            _rows_of(self.k, _ROWS, spec.BLOCK_D, spec.VARLEN),
+            _rows_of(self.v, _ROWS, spec.BLOCK_DV, spec.VARLEN),
+            _rows_of(self.dout, _ROWS, spec.BLOCK_DV, spec.VARLEN),
             descriptor(self.rows, 1, _ROWS),
             self.addend.of_keys(_ROWS),
         )
         gradients = (
-            _rows_of(self.dk, _ROWS, spec.BLOCK_D),
-            _rows_of(self.dv, _ROWS, spec.BLOCK_DV),
+            _rows_of(self.dk, _ROWS, spec.BLOCK_D, spec.VARLEN),
+            _rows_of(self.dv, _ROWS, spec.BLOCK_DV, spec.VARLEN),
             self._dbias_argument(spec, _ROWS),
         )
-        batch, seqlen_k, heads_kv, _ = self.k.shape
-        blocks = ceil_div(seqlen_k, _ROWS * tile.CONSUMERS) * heads_kv * batch
+        heads_kv = self.k.shape[2]
+        blocks = self._blocks_of(self.k, _ROWS * tile.CONSUMERS) * heads_kv
         if max(spec.BLOCK_D, spec.BLOCK_DV) > _REGISTER_HEAD_DIM:
             return Launch(attention_bwd_wide, blocks, (*inputs, *gradients, self.call), spec, tile)
         queries = self.q.shape[1] * (self.q.shape[2] // heads_kv)
@@ -193,19 +220,24 @@ class _Tensors(NamedTuple):
         """The kernel for dq, where that for dk and dv does not add it up."""
         tile = queries_tile_for(spec, self.addend.size, self.k.shape[1])
         arguments = (
-            _rows_of(self.q, _ROWS, spec.BLOCK_D),
-            _rows_of(self.k, tile.BLOCK_N, spec.BLOCK_D),
-            _rows_of(self.v, tile.BLOCK_N, spec.BLOCK_DV),
-            _rows_of(self.dout, _ROWS, spec.BLOCK_DV),
+            _rows_of(self.q, _ROWS, spec.BLOCK_D, spec.VARLEN),
+            _rows_of(self.k, tile.BLOCK_N, spec.BLOCK_D, spec.VARLEN),
+            _rows_of(self.v, tile.BLOCK_N, spec.BLOCK_DV, spec.VARLEN),
+            _rows_of(self.dout, _ROWS, spec.BLOCK_DV, spec.VARLEN),
             flat(self.rows),
             self.addend.of_keys(tile.BLOCK_N),
-            _rows_of(self.dq, _ROWS, spec.BLOCK_D),
+            _rows_of(self.dq, _ROWS, spec.BLOCK_D, spec.VARLEN),
             self._dbias_argument(spec, tile.BLOCK_N),
             self.call,
         )
-        batch, seqlen_q, heads, _ = self.q.shape
-        programs = ceil_div(seqlen_q, _ROWS * tile.CONSUMERS) * heads * batch
+        programs = self._blocks_of(self.q, _ROWS * tile.CONSUMERS) * self.q.shape[2]
         return Launch(attention_bwd_queries, programs, arguments, spec, tile)
+
+    def _blocks_of(self, tensor: Tensor, block: int) -> int:
+        """How many blocks of rows the batch entries of a head have; packed sequences: at most."""
+        batch, rows = tensor.shape[:2]
+        call: Any = self.call.value
+        return ceil_div(rows, block) * batch if call.packing is None else rows // block + call.batch + 1
 
     def _dbias_argument(self, spec: BackwardSpec, block_n: int) -> Argument:
         if self.dbias is None or spec.DBIAS == "none":
@@ -291,9 +323,9 @@ def _plan_shared_dbias(
     return dbias[0] if splits == 1 else dbias, launch
 
 
-def _rows_of(tensor: Tensor, rows: int, columns: int) -> Argument:
+def _rows_of(tensor: Tensor, rows: int, columns: int, packed: bool = False) -> Argument:
     """Tiles of a (batch, seqlen, heads, head_dim) tensor."""
-    return row_descriptors(tensor, rows, columns, 0)[0]
+    return row_descriptors(tensor, rows, columns, 0, packed)[0]
 
 
 def _kind_of_dbias(bias: Tensor, q: Tensor) -> str:
@@ -309,9 +341,10 @@ def _padded(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def _strided(tensor: Tensor) -> Argument:
-    """A (batch, seqlen, heads, dim) tensor whose last stride is 1."""
+def _strided(tensor: Tensor, packed: bool) -> Argument:
+    """A (batch, seqlen, heads, dim) tensor whose last stride is 1; of a packed one the batch is counted in rows."""
     batch, row, head, _ = tensor.stride()
+    batch = row if packed else batch
     hint = ":8" if all(stride % 8 == 0 for stride in (batch, row, head)) else ""
     strides = Strided(tensor, batch, row, head)
     return Argument(strides, Strided(pointer_type(tensor), *(f"i64{hint}" for _ in range(3))))

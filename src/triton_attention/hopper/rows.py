@@ -7,13 +7,22 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from triton_attention import blocks
+from triton_attention.kernel import jit_plain
+
+first_tile = jit_plain(blocks.first_tile)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 PANEL = tl.constexpr(32)  # columns of the matrix as which the sums of dQ lie in memory
+SEARCHED_AT_ONCE = tl.constexpr(256)  # packed sequences
 
 
 class Strided(NamedTuple):
-    """A (batch, seqlen, heads, dim) tensor: its pointer and strides; the stride along dim is 1."""
+    """A (batch, seqlen, heads, dim) tensor: its pointer and strides; the stride along dim is 1.
+
+    Of packed sequences the stride of the batch is that of a row, and a sequence's index there its first row.
+    """
 
     ptr: object
     batch: object
@@ -22,21 +31,46 @@ class Strided(NamedTuple):
 
 
 @triton.jit
-def place(call, BLOCK_M: tl.constexpr):
+def place(num_blocks, call):
     """(block, head, batch) of a program: the blocks of BLOCK_M queries of one head are neighbours."""
-    num_blocks = tl.cdiv(call.seqlen_q, BLOCK_M)
     block = tl.program_id(0) % num_blocks
     matrix = tl.program_id(0) // num_blocks
     return block, matrix % call.heads_q, matrix // call.heads_q
 
 
 @triton.jit
-def load_rows(tensor, batch, head, start_m, call, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def boundary(cu_seqlens, index, total):
+    """Where a sequence begins; inside the tensors, whatever `cu_seqlens` says."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + index), 0), total)
+
+
+@triton.jit
+def queries_of(tile, call, BLOCK_M: tl.constexpr):
+    """(first row, length, block in it) of the packed sequence of a tile; the length of what none has is 0.
+
+    It is found as in `schedule.sequence_of`.
+    """
+    packing = call.packing
+    begun = 0
+    for first in range(0, call.batch + 1, SEARCHED_AT_ONCE):
+        index = first + tl.arange(0, SEARCHED_AT_ONCE)
+        exists = index <= call.batch
+        start = tl.load(packing.cu_seqlens_q + index, mask=exists, other=0)
+        start = tl.minimum(tl.maximum(start, 0), packing.total_q)
+        begun += tl.sum((exists & (first_tile(start, index, BLOCK_M) <= tile)).to(tl.int32), 0)
+    sequence = tl.maximum(begun - 1, 0)
+    begin = boundary(packing.cu_seqlens_q, sequence, packing.total_q)
+    end = boundary(packing.cu_seqlens_q, tl.minimum(sequence + 1, call.batch), packing.total_q)
+    return begin, tl.maximum(end - begin, 0), tl.maximum(tile - first_tile(begin, sequence, BLOCK_M), 0)
+
+
+@triton.jit
+def load_rows(tensor, batch, head, start_m, seqlen, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = start_m + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     origin = tensor.ptr + batch * tensor.batch + head * tensor.head
     pointers = origin + rows.to(tl.int64)[:, None] * tensor.row + dims[None, :]
-    return tl.load(pointers, mask=(rows < call.seqlen_q)[:, None] & (dims < DIM)[None, :], other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=(rows < seqlen)[:, None] & (dims < DIM)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -45,26 +79,41 @@ def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl
 
     A query that sees no key, or does not exist, has lse = +inf: all its probabilities become 0. A bias of one number a
     query is taken from lse, since exp(scores + bias - lse) = exp(scores - (lse - bias)).
+    `rows` is (batch, heads_q, 2, seqlen_q padded), and of packed sequences (1, heads_q, 2, total_q padded): each is
+    padded for itself, so that its numbers begin with those of its first tile.
     Grid: one program for each block of BLOCK_M queries of each head of each batch entry.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
-    block, head, batch = place(call, BLOCK_M)
+    if SPEC.VARLEN:
+        num_blocks = call.packing.total_q // BLOCK_M + call.batch + 1
+        tile, head, _one = place(num_blocks, call)
+        batch, seqlen_q, block = queries_of(tile, call, BLOCK_M)
+    else:
+        num_blocks = tl.cdiv(call.seqlen_q, BLOCK_M)
+        tile, head, batch = place(num_blocks, call)
+        seqlen_q, block = call.seqlen_q, tile
     start_m = block * BLOCK_M
-    o = load_rows(out, batch, head, start_m, call, SPEC.HEAD_DIM_V, BLOCK_M, SPEC.BLOCK_DV)
-    do = load_rows(dout, batch, head, start_m, call, SPEC.HEAD_DIM_V, BLOCK_M, SPEC.BLOCK_DV)
+    o = load_rows(out, batch, head, start_m, seqlen_q, SPEC.HEAD_DIM_V, BLOCK_M, SPEC.BLOCK_DV)
+    do = load_rows(dout, batch, head, start_m, seqlen_q, SPEC.HEAD_DIM_V, BLOCK_M, SPEC.BLOCK_DV)
     negative_delta = -tl.sum(o * do, 1)
-    matrix = (batch * call.heads_q + head).to(tl.int64)
+    if SPEC.VARLEN:
+        matrix = head.to(tl.int64)
+        origin = matrix * call.packing.total_q + batch
+    else:
+        matrix = (batch * call.heads_q + head).to(tl.int64)
+        origin = matrix * seqlen_q
     numbers = start_m + tl.arange(0, BLOCK_M)
-    exists = numbers < call.seqlen_q
+    exists = numbers < seqlen_q
     if dlse is not None:
-        negative_delta += tl.load(dlse + matrix * call.seqlen_q + numbers, mask=exists, other=0.0)
-    lse_rows = tl.load(lse + matrix * call.seqlen_q + numbers, mask=exists, other=-INFINITY)
+        negative_delta += tl.load(dlse + origin + numbers, mask=exists, other=0.0)
+    lse_rows = tl.load(lse + origin + numbers, mask=exists, other=-INFINITY)
     empty = lse_rows == -INFINITY
     if bias is not None:
         pointers = bias.ptr + batch * bias.batch + head * bias.head + numbers.to(tl.int64) * bias.row
         lse_rows -= tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
-    num_blocks = tl.cdiv(call.seqlen_q, BLOCK_M)
     target = rows + matrix * 2 * num_blocks * BLOCK_M + numbers
+    if SPEC.VARLEN:
+        target += (tile - block) * BLOCK_M  # the numbers of the sequences before
     tl.store(target, tl.where(empty, INFINITY, lse_rows * LOG2_E))
     tl.store(target + num_blocks * BLOCK_M, negative_delta)
     if dq_sums is not None:
@@ -81,7 +130,7 @@ def attention_bwd_dq(dq_sums, dq, call, SPEC: tl.constexpr, TILE: tl.constexpr):
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
     COLUMNS: tl.constexpr = TILE.DQ_COLUMNS
-    block, head, batch = place(call, BLOCK_M)
+    block, head, batch = place(tl.cdiv(call.seqlen_q, BLOCK_M), call)
     sums = tl.load(dq_sums + tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D))
     # (piece, 64 rows, 8 columns, warp, row of 8, column of 8 / 2, row + 8, column of 2)
     sums = sums.reshape([BLOCK_D // COLUMNS, BLOCK_M // 64, COLUMNS // 8, 4, 8, 4, 2, 2])

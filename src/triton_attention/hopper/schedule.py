@@ -164,7 +164,8 @@ def place(tile, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     sequence = 0
     if SPEC.VARLEN:
         head = matrix
-        batch, block = sequence_of(block, call, BLOCK_M)
+        packing = call.packing
+        batch, block = sequence_of(block, packing.cu_seqlens_q, packing.total_q, call, BLOCK_M)
         sequence = load_sequence(batch, call)
     elif SPEC.BIAS_SHARED:
         head = matrix // call.batch
@@ -182,31 +183,33 @@ def boundary(cu_seqlens, index, total):
 
 
 @gluon.jit
-def sequence_of(tile, call, BLOCK: gl.constexpr):
+def sequence_of(tile, cu_seqlens, total, call, BLOCK: gl.constexpr):
     """(sequence, block in it) of a tile: how many have begun there? Number `call.batch` is what no sequence has."""
-    packing = call.packing
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     begun = 0
     for first in range(0, call.batch + 1, SEARCHED_AT_ONCE):
-        index = first + gl.arange(0, SEARCHED_AT_ONCE, layout=gl.BlockedLayout([1], [32], [1], [0]))
+        index = first + gl.arange(0, SEARCHED_AT_ONCE, layout=LAYOUT)
         exists = index <= call.batch
-        start = gl.load(packing.cu_seqlens_q + index, mask=exists, other=0)
-        start = gl.minimum(gl.maximum(start, 0), packing.total_q)
+        start = gl.minimum(gl.maximum(gl.load(cu_seqlens + index, mask=exists, other=0), 0), total)
         begun += gl.sum((exists & (first_tile(start, index, BLOCK) <= tile)).to(gl.int32), 0)
     sequence = gl.maximum(begun - 1, 0)
-    start = boundary(packing.cu_seqlens_q, sequence, packing.total_q)
+    start = boundary(cu_seqlens, sequence, total)
     return sequence, gl.maximum(tile - first_tile(start, sequence, BLOCK), 0)
 
 
 @gluon.jit
-def load_sequence(index, call):
-    """A packed sequence. Number `call.batch` are the rows behind the last one, which see nothing."""
+def load_sequence(index, call, ALONG_KEYS: gl.constexpr = False):
+    """A packed sequence. Number `call.batch` are the queries, or keys, behind the last one, which see nothing."""
     packing = call.packing
     after = gl.minimum(index + 1, call.batch)
     start_q = boundary(packing.cu_seqlens_q, index, packing.total_q)
     start_k = boundary(packing.cu_seqlens_k, index, packing.total_k)
     end_q = gl.maximum(boundary(packing.cu_seqlens_q, after, packing.total_q), start_q)
     end_k = gl.maximum(boundary(packing.cu_seqlens_k, after, packing.total_k), start_k)
-    end_q = gl.where(index == call.batch, packing.total_q, end_q)
+    if ALONG_KEYS:
+        end_k = gl.where(index == call.batch, packing.total_k, end_k)
+    else:
+        end_q = gl.where(index == call.batch, packing.total_q, end_q)
     return Sequence(end_q, end_k, end_q - start_q, end_k - start_k)
 
 

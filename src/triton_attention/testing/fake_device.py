@@ -62,7 +62,7 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
     extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed, packing)
     if backend == "hopper":
         plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS, extras)
-        if not hopper.differentiates(extras, needs_dbias):
+        if not hopper.differentiates(extras, bias is not None, needs_dbias):
             return [plan.launch]
         call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
         numbers = (problem.softmax_scale, needs_dbias, extras)

@@ -1,0 +1,80 @@
+"""What are the numbers of a backward call, and of packed sequences: which block does a program own?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from triton_attention.hopper.heads import Extras
+from triton_attention.hopper.layouts import WARPGROUP_ROWS
+from triton_attention.hopper.schedule import first_tile, limits_of, load_sequence, place_in_section, sequence_of
+
+
+class BackwardCall(NamedTuple):
+    """The numbers of one call. The mask's band: key j is visible to query i iff lower <= j - i <= upper."""
+
+    seqlen_q: object
+    seqlen_k: object
+    heads_q: object
+    group: object  # query heads per key head
+    batch: object
+    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `backward.block_of`
+    lower: object
+    upper: object
+    softmax_scale: object
+    scale: object  # of q k^T: softmax_scale * log2(e), or if SPEC.SOFTCAP softmax_scale / softcap
+    extras: object = None  # what few calls have, a heads.Extras
+    packing: object = None  # of packed sequences, a schedule.Packing
+    own: object = None  # and in a program an `OwnBlock`; see `call_of_own_block`
+
+
+class OwnBlock(NamedTuple):
+    """The block of queries or keys of a packed sequence that a program owns."""
+
+    start: object
+    head: object
+    batch: object  # the number of the sequence
+    sequence: object  # a schedule.Sequence
+    numbers: object  # where those of its queries begin, see `attention_bwd_rows`
+
+
+@gluon.jit
+def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.constexpr):
+    """The call of packed sequences for the one of which this program owns a block: its lengths, band and diagonal.
+
+    There are as many programs as there can be blocks. Where a sequence ends before the block, and in the rows that none
+    has, nothing is visible: the program visits nothing, and writes zeros where there are rows.
+    """
+    packing = call.packing
+    if ALONG_KEYS:
+        cu_seqlens, total = packing.cu_seqlens_k, packing.total_k
+        heads, section = call.heads_q // call.group, call.section
+    else:
+        cu_seqlens, total = packing.cu_seqlens_q, packing.total_q
+        heads, section = call.heads_q, call.section * call.group
+    num_blocks = total // BLOCK + call.batch + 1
+    tile, head = place_in_section(gl.program_id(0), num_blocks, heads, section)
+    if SPEC.HAS_UPPER and not ALONG_KEYS:
+        tile = num_blocks - 1 - tile
+    batch, block = sequence_of(tile, cu_seqlens, total, call, BLOCK)
+    start = block * BLOCK
+    sequence = load_sequence(batch, call, ALONG_KEYS)
+    numbers = first_tile(sequence.end_q - sequence.seqlen_q, batch, WARPGROUP_ROWS) * WARPGROUP_ROWS
+    limits = limits_of(sequence, call, SPEC)
+    if ALONG_KEYS:
+        seqlen_q, seqlen_k = gl.where(start < limits.seqlen_k, limits.seqlen_q, 0), limits.seqlen_k
+    else:
+        seqlen_q, seqlen_k = limits.seqlen_q, gl.where(start < limits.seqlen_q, limits.seqlen_k, 0)
+    softcap, slopes, diagonal = 0.0, 0, 0
+    if SPEC.SOFTCAP:
+        softcap = call.extras.softcap
+    if SPEC.ALIBI:
+        slopes = call.extras.slopes
+        diagonal = (limits.seqlen_k - limits.seqlen_q) * packing.bottom_right
+    return BackwardCall(
+        seqlen_q, seqlen_k, call.heads_q, call.group, call.batch, call.section, limits.lower, limits.upper,
+        call.softmax_scale, call.scale, Extras(softcap, slopes, diagonal, 0, 0, 0, 0), packing,
+        OwnBlock(start, head, batch, sequence, numbers),
+    )  # fmt: skip

@@ -1,0 +1,244 @@
+"""Do the programs of the Hopper backward own every row of packed sequences once, and read what belongs to it?
+
+Gluon has no interpreter: here its functions of numbers run as Python, with a stand-in for its language.
+"""
+
+import builtins
+import math
+from functools import lru_cache
+from itertools import accumulate, pairwise, product
+from types import FunctionType, SimpleNamespace
+
+import pytest
+import torch
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import JITFunction
+
+from triton_attention import attention_varlen, kernel
+from triton_attention.arguments import ceil_div
+from triton_attention.hopper import backward, backward_call, backward_queries, heads, schedule
+from triton_attention.hopper.channel import PACKED_ROWS
+from triton_attention.hopper.plan_backward import plan_backward
+from triton_attention.problem import Extras, Mask, Packing
+
+CAUSAL = Mask(None, 0)
+SMS = 4
+LENGTHS = (
+    ((70, 30), (0, 65), (200, 200), (1, 0), (0, 0), (129, 64)),
+    ((64, 64), (128, 63), (192, 193)),
+    ((5, 400),),
+)
+
+
+class Pointer:
+    """Some places of a tensor in memory."""
+
+    def __init__(self, tensor, places=0):
+        self.tensor, self.places = tensor, places
+
+    def __add__(self, offsets):
+        return Pointer(self.tensor, self.places + offsets)
+
+
+def load(pointer, mask=None, other=None):
+    if mask is None:
+        return int(pointer.tensor[pointer.places])
+    return torch.where(mask, pointer.tensor[pointer.places.clamp(max=len(pointer.tensor) - 1)], other)
+
+
+def smaller(a, b):
+    return min(a, b) if isinstance(a, int) else a.clamp(max=b)
+
+
+def larger(a, b):
+    return max(a, b) if isinstance(a, int) else a.clamp(min=b)
+
+
+def language(program):
+    """What stands for Gluon's language in the program of this number, the one item of a list."""
+    return SimpleNamespace(
+        program_id=lambda axis: program[0],
+        num_warps=lambda: 4,
+        load=load,
+        minimum=smaller,
+        maximum=larger,
+        where=lambda condition, a, b: a if condition else b,
+        cdiv=ceil_div,
+        arange=lambda start, end, layout: torch.arange(start, end),
+        sum=lambda values, axis: int(values.sum()),
+        BlockedLayout=lambda *fields: None,
+        int32=torch.int32,
+        int64=torch.int64,
+    )
+
+
+def as_python(function, stand_in):
+    """A function of Gluon as one of Python."""
+
+    def converted(value):
+        if isinstance(value, JITFunction):
+            return as_python(value, stand_in)
+        return value.value if isinstance(value, gl.constexpr) else value
+
+    function = function.fn
+    known = {
+        name: converted(value) for name, value in function.__globals__.items() if name in function.__code__.co_names
+    }
+    return FunctionType(
+        function.__code__, {"__builtins__": builtins, **known, "gl": stand_in}, function.__name__, function.__defaults__
+    )
+
+
+def boundaries(lengths):
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+class Call:
+    """A planned backward of packed sequences, with rows behind the last one, and two query heads to a key head."""
+
+    def __init__(self, lengths, mask, head_dim=64):
+        self.lengths = lengths
+        self.starts = [boundaries(column) for column in zip(*lengths, strict=True)]
+        self.totals = [int(starts[-1]) + unused for starts, unused in zip(self.starts, (70, 130), strict=True)]
+        total_q, total_k = self.totals
+        q, k, v = (
+            torch.randn(1, total, heads, head_dim).half() for total, heads in ((total_q, 4), (total_k, 2), (total_k, 2))
+        )
+        packing = Packing(*self.starts, *map(max, zip(*lengths, strict=True)))
+        extras = Extras(packing=packing, alibi_slopes=torch.arange(4.0 * len(lengths)).view(-1, 4), sink=torch.zeros(4))
+        lse = torch.zeros(1, 4, total_q)
+        self.plan = plan_backward(q, None, q, k, v, None, q, lse, mask, 0.1, False, extras, False, SMS)
+        self.rows, self.keys, self.queries = self.plan.launches
+
+    def blocks(self, launch, module, along_keys):
+        """What each program of a launch works with: the call of its sequence, its block, and functions."""
+        program = [0]
+        stand_in = language(program)
+        own = as_python(backward_call.call_of_own_block, stand_in)
+        block_of_program = as_python(module.block_of_program, stand_in)
+        load_slope = as_python(heads.load_slope, stand_in)
+        call = launch.arguments[-1].value
+        packing = call.packing._replace(cu_seqlens_q=Pointer(self.starts[0]), cu_seqlens_k=Pointer(self.starts[1]))
+        slopes = call.extras.slopes
+        slopes = slopes._replace(ptr=Pointer(slopes.ptr.flatten()))
+        call = call._replace(packing=packing, extras=call.extras._replace(slopes=slopes))
+        for program[0] in range(launch.programs):
+            found = own(call, along_keys, launch.tile.CONSUMERS * 64, launch.spec)
+            block = block_of_program(found, launch.spec, launch.tile)
+            load_slope(block.batch, 0, found, launch.spec)  # of a sequence that there is
+            yield found, block
+
+
+@lru_cache
+def placed():
+    """The functions that say where a block is in a descriptor."""
+    functions = (schedule.place_of_queries, schedule.place_of_keys, backward.rows_origin)
+    return [as_python(function, language([0])) for function in functions]
+
+
+def rows_at(place, total, count):
+    """The rows of a packed tensor that a copy to or from `count` rows at a place touches, see `packed_descriptor`."""
+    end, row = place
+    row += total - PACKED_ROWS.value
+    assert 0 <= end <= total
+    return [end + row + i - total for i in range(count) if 0 <= row + i < total]
+
+
+def visible(call, i, j, batch, mask):
+    """The rule itself, written once more by hand."""
+    lengths = call.lengths[batch]
+    lower, upper = mask.bounds(*lengths)
+    return (mask.left is None or j - i >= lower) and (mask.right is None or j - i <= upper)
+
+
+MASKS = [Mask(), CAUSAL, Mask(None, 0, top_left=True), Mask(70, 40), Mask(10**12, 0)]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("lengths", "head_dim"), list(product(LENGTHS, (64, 256))), ids=str)
+@pytest.mark.parametrize("along_keys", [True, False], ids=["keys", "queries"])
+def test_each_row_has_one_owner_that_visits_what_it_sees(along_keys, lengths, head_dim, mask):
+    call = Call(lengths, mask, head_dim)
+    launch, module = (call.keys, backward) if along_keys else (call.queries, backward_queries)
+    step = 64 if along_keys else launch.tile.BLOCK_N
+    place_of_queries, place_of_keys, rows_origin = placed()
+    place_of_own, place_of_others = (place_of_keys, place_of_queries)[:: 1 if along_keys else -1]
+    total, other_total = call.totals[::-1] if along_keys else call.totals
+    starts, other_starts = call.starts[::-1] if along_keys else call.starts
+    owners = torch.zeros(2 if along_keys else 4, total, dtype=torch.int32)
+    for found, block in call.blocks(launch, module, along_keys):
+        start, head = (block.start_n, block.head_kv) if along_keys else (block.start_m, block.head)
+        own = rows_at(place_of_own(start, block.batch, block.sequence, launch.spec), total,
+                      64 * launch.tile.CONSUMERS)  # fmt: skip
+        owners[head, own] += 1
+        steps = range(block.first, block.last)
+        if block.batch == len(lengths) or not own:
+            assert not steps
+            continue
+        lengths_of_it = lengths[block.batch]
+        assert own == list(range(starts[block.batch] + start, own[-1] + 1))
+        assert own[-1] < starts[block.batch + 1]
+        assert (found.seqlen_q, found.seqlen_k) == lengths_of_it
+        assert found.extras.diagonal == mask.diagonal(*lengths_of_it)
+        for n in steps:
+            others = rows_at(place_of_others(n * step, block.batch, block.sequence, launch.spec), other_total, step)
+            first = int(other_starts[block.batch]) + n * step
+            assert others == list(range(first, min(first + step, int(other_starts[block.batch + 1]))))
+        for i, n in product(range(len(own)), range(-(-lengths_of_it[0 if along_keys else 1] // step))):
+            for other in range(n * step, min((n + 1) * step, lengths_of_it[0 if along_keys else 1]), step // 4):
+                pair = (other, start + i) if along_keys else (start + i, other)
+                sees = visible(call, *pair, block.batch, mask)
+                assert n in steps or not sees
+                assert sees or not block.full_first <= n < block.full_last
+        padded = (call.totals[0] // 64 + len(lengths) + 1) * 64
+        origin = torch.tensor(3) * 2 * padded + int(starts_of_numbers(call)[block.batch]) * 64
+        assert rows_origin(block.batch, torch.tensor(3), found, launch.spec) == (origin, padded)
+    assert (owners == 1).all()
+
+
+def starts_of_numbers(call):
+    """In blocks of 64."""
+    return call.starts[0][:-1] // 64 + torch.arange(len(call.lengths))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("mask", MASKS[:2], ids=str)
+def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
+    """And the gradient of a sink, which is made of them; rows that no sequence has may hold anything."""
+    starts = [boundaries(column) for column in zip(*lengths, strict=True)]
+    longest = list(map(max, zip(*lengths, strict=True)))
+    q, k, v = (
+        torch.randn(int(total[-1]), heads, 16).double()
+        for total, heads in zip((starts[0], *[starts[1]] * 2), (4, 2, 2), strict=True)
+    )
+    sink = torch.tensor([0.5, 2.0, -math.inf, -1.0]).double().requires_grad_()
+    how = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*starts, *longest), strict=True))
+    how |= {"causal": mask == CAUSAL, "sink": sink, "return_lse": True, "backend": "reference"}
+    out, lse = attention_varlen(q, k, v, **how)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse).masked_fill(lse == -math.inf, 0.0)
+    (exact,) = torch.autograd.grad([out, lse.masked_fill(lse == -math.inf, 0.0)], sink, [dout, dlse])
+
+    def with_unused_rows(tensor, value, axis=0):
+        shape = list(tensor.shape)
+        shape[axis] = 70
+        return torch.cat((tensor.detach().float(), torch.full(shape, value)), axis)
+
+    out, dout, q = (with_unused_rows(x, math.nan)[None] for x in (out, dout, q))
+    lse, dlse = (with_unused_rows(x, math.nan, 1)[None] for x in (lse, dlse))
+    k, v = (x[None].bfloat16() for x in (k, v))
+    extras = Extras(packing=Packing(*starts, *longest), sink=sink.detach().float())
+    plan = plan_backward(
+        dout.bfloat16(), dlse[0], q.bfloat16(), k, v, None, out.bfloat16(), lse, mask, 0.25, False, extras, False, SMS
+    )
+    rows = plan.sink_rows.rows.fill_(math.nan)
+    kernel.run(plan.launches[0])
+    expected = torch.zeros_like(rows)
+    expected[:, :, 0] = math.inf
+    delta = (dlse - (dout.bfloat16().float() * out.bfloat16().float()).sum(-1).transpose(1, 2))[0]
+    for batch, (start, end) in enumerate(pairwise(starts[0].tolist())):
+        first = (start // 64 + batch) * 64
+        of_lse = lse[0, :, start:end] / math.log(2)
+        expected[0, :, 0, first : first + end - start] = of_lse.masked_fill(of_lse == -math.inf, math.inf)
+        expected[0, :, 1, first : first + end - start] = delta[:, start:end]
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(plan.finish_dsink().double(), exact, rtol=2e-2, atol=2e-2)
