@@ -118,7 +118,7 @@ def run_kernels():
     from triton_attention import dispatch
     from triton_attention.problem import Mask
     from triton_attention.testing import Case, make_inputs
-    from triton_attention.testing.cases import CAUSAL
+    from triton_attention.testing.cases import CAUSAL, LENGTHS
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     cases = (
@@ -132,6 +132,8 @@ def run_kernels():
         Case(70, 96, 256, bias="1hqk", bias_dtype=torch.bool, mask=CAUSAL, dtype=torch.bfloat16),
         Case(70, 91, 64, softcap=20.0, alibi="h", sink=True, dropout_p=0.2, mask=CAUSAL, dtype=torch.bfloat16),
         Case(70, 91, 256, softcap=20.0, alibi="h", sink=True, mask=CAUSAL, dtype=torch.bfloat16),
+        Case(50, 61, 64, lengths=LENGTHS, unused=(5, 40), mask=CAUSAL, dtype=torch.bfloat16),
+        Case(50, 61, 256, lengths=LENGTHS, unused=(70, 300), sink=True, dtype=torch.bfloat16),
         Case(35, 47, 59, bias="1hqk", mask=CAUSAL, dtype=torch.float16),
         Case(35, 47, 40, bias="b1qk", dtype=torch.float32),
     )
