@@ -2,8 +2,9 @@
 
 A tile of 128 x 128 numbers of the gradient stays in the registers of two consumer warpgroups while the queries, keys,
 values and output gradients of one sharer after the other pass. The bias, of which that tile is the gradient, is copied
-once. A producer warp copies; it is a tile ahead where consumers end one. Each number is summed by one program or, where
-there are fewer tiles than programs, by `splits` of them, whose sums are added in a fixed order later.
+once. One producer warp copies operands and another one the bias, so that neither waits for the other's room: both
+are at the next tile while consumers end one. Each number is summed by one program or, where there are fewer tiles than
+programs, by `splits` of them, whose sums are added in a fixed order later.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from triton_attention._compat import copy_to_shared
+from triton_attention._compat import copy_to_global, copy_to_shared
 from triton_attention.hopper.backward import load_query_numbers
 from triton_attention.hopper.channel import (
     Channel,
@@ -32,6 +34,7 @@ from triton_attention.hopper.channel import (
     wait_empty,
     wait_full,
 )
+from triton_attention.hopper.channel import tile_of as tile_of_channel
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
 from triton_attention.hopper.schedule import visible_range
@@ -64,28 +67,34 @@ class Operands(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """What the producer sends: for each sharer, CHUNKS times 64 columns of the four operands together."""
+    """What the producers send: 64 columns of q and k, or of dout and v, in each slot, and tiles of the bias.
 
-    q: object  # (STAGES * CONSUMERS, 1, 1, 64, columns)
-    k: object  # (STAGES, 1, 1, 128, columns)
-    v: object
-    dout: object
+    A sharer takes CHUNKS slots of the first and as many of the second.
+    """
+
+    left: object  # (STAGES * CONSUMERS, 1, 1, 64, columns): of q or dout
+    right: object  # (STAGES, 1, 1, 128, columns): of k or v
     ready: object  # a channel without tiles of its own
     bias: object
 
 
 class Tile(NamedTuple):
-    """A tile of the gradient, and the sharers [first, last) that a program sums."""
+    """A tile of the gradient, and the sharers that a program sums."""
 
     start_m: object
     start_n: object
     head: object  # the first that shares it
     batch: object
-    matrix: object
-    split: object
-    first: object
-    last: object
+    matrix: object  # of the gradient's batch entry `entry`, which counts splits too
+    entry: object
+    first: object  # of the sharers
+    count: object  # of those that this program sums; 0 where no query sees a key
     masked: object
+
+
+class Sharer(NamedTuple):
+    batch: object
+    head: object
 
 
 @gluon.jit
@@ -100,131 +109,180 @@ def tile_of(number, sharing, call, SPEC: gl.constexpr):
     """The tile of a number. Neighbours share queries, or keys, of the same sharers."""
     blocks_n = gl.cdiv(call.seqlen_k, BLOCK_N)
     blocks = gl.cdiv(call.seqlen_q, BLOCK_M) * blocks_n
-    split = number % sharing.splits
     block = number // sharing.splits
+    split = number - block * sharing.splits
     matrix = block // blocks
-    block = block - matrix * blocks
-    start_m = block // blocks_n * BLOCK_M
-    start_n = block % blocks_n * BLOCK_N
+    block -= matrix * blocks
+    row = block // blocks_n
+    start_m = row * BLOCK_M
+    start_n = (block - row * blocks_n) * BLOCK_N
     begin, full_begin, full_end, end = visible_range(
         start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER, BLOCK_M, BLOCK_N
     )
-    sharers = sharing.shared_batches * sharing.shared_heads
     seen = (start_n < end) & (start_n + BLOCK_N > begin)
+    sharers = sharing.shared_batches * sharing.shared_heads
     first = sharers * split // sharing.splits
-    last = gl.where(seen, sharers * (split + 1) // sharing.splits, first)
+    count = gl.where(seen, sharers * (split + 1) // sharing.splits - first, 0)
     masked = (start_n < full_begin) | (start_n + BLOCK_N > full_end)
-    batch = matrix // sharing.heads
-    head = (matrix - batch * sharing.heads) * sharing.shared_heads
-    return Tile(start_m, start_n, head, batch * sharing.shared_batches, matrix, split, first, last, masked)
+    entry = matrix // sharing.heads
+    matrix -= entry * sharing.heads
+    batch = entry * sharing.shared_batches
+    entry += split * (call.batch // sharing.shared_batches)
+    return Tile(start_m, start_n, matrix * sharing.shared_heads, batch, matrix, entry, first, count, masked)
 
 
 @gluon.jit
-def sharer(tile, i, sharing):
-    """(batch, head) of the i-th that shares the tile."""
-    entry = i // sharing.shared_heads
-    return tile.batch + entry, tile.head + i - entry * sharing.shared_heads
+def first_sharer(tile, sharing):
+    """The first that this program sums; heads of one batch entry follow each other."""
+    entry = tile.first // sharing.shared_heads
+    return Sharer(tile.batch + entry, tile.head + tile.first - entry * sharing.shared_heads)
+
+
+@gluon.jit
+def next_sharer(sharer, tile, sharing):
+    head = sharer.head + 1
+    is_last = head == tile.head + sharing.shared_heads
+    return Sharer(gl.where(is_last, sharer.batch + 1, sharer.batch), gl.where(is_last, tile.head, head))
+
+
+@gluon.jit
+def send_factors(streams, left, right, step, sharer, tile, column, call):
+    """Copy columns of the factors of a product, once the slot of a step is empty."""
+    STAGES: gl.constexpr = streams.right.shape[0]
+    PARTS: gl.constexpr = CONSUMERS
+    BYTES: gl.constexpr = PARTS * bytes_of(left) + bytes_of(right)
+    slot = step % STAGES
+    wait_empty(streams.ready, step)
+    full = streams.ready.full.index(slot)
+    mbarrier.expect(full, BYTES)
+    for part in gl.static_range(PARTS):
+        place = [sharer.batch, sharer.head, tile.start_m + part * WARPGROUP_ROWS, column]
+        copy_to_shared(left, place, full, streams.left.index(slot * CONSUMERS + part))
+    place = [sharer.batch, sharer.head // call.group, tile.start_n, column]
+    copy_to_shared(right, place, full, streams.right.index(slot))
 
 
 @gluon.jit
 def produce(streams, operands, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    STAGES: gl.constexpr = TILE.STAGES
+    """The producer warp of the operands."""
     COLUMNS: gl.constexpr = operands.q.block_type.shape[3]
-    PARTS: gl.constexpr = CONSUMERS
-    BYTES: gl.constexpr = (
-        PARTS * (bytes_of(operands.q) + bytes_of(operands.dout)) + bytes_of(operands.k) + bytes_of(operands.v)
-    )
-    tiles = 0
     step = 0
     for number in range(gl.program_id(0), num_tiles(sharing, call), gl.num_programs(0)):
         tile = tile_of(number, sharing, call, SPEC)
-        send(streams.bias, operands.bias, None, tiles, tile.batch, tile.head, tile.start_m, tile.start_n, CONSUMERS)
-        tiles += 1
-        for i in range(tile.first, tile.last):
-            batch, head = sharer(tile, i, sharing)
-            head_kv = head // call.group
+        sharer = first_sharer(tile, sharing)
+        for _ in range(tile.count):
             for chunk in range(TILE.CHUNKS):
-                slot = step % STAGES
-                wait_empty(streams.ready, step)
-                full = streams.ready.full.index(slot)
-                mbarrier.expect(full, BYTES)
-                column = chunk * COLUMNS
-                for part in gl.static_range(PARTS):
-                    place = [batch, head, tile.start_m + part * WARPGROUP_ROWS, column]
-                    copy_to_shared(operands.q, place, full, streams.q.index(slot * CONSUMERS + part))
-                    copy_to_shared(operands.dout, place, full, streams.dout.index(slot * CONSUMERS + part))
-                place = [batch, head_kv, tile.start_n, column]
-                copy_to_shared(operands.k, place, full, streams.k.index(slot))
-                copy_to_shared(operands.v, place, full, streams.v.index(slot))
+                send_factors(streams, operands.q, operands.k, step, sharer, tile, chunk * COLUMNS, call)
                 step += 1
+            for chunk in range(TILE.CHUNKS):
+                send_factors(streams, operands.dout, operands.v, step, sharer, tile, chunk * COLUMNS, call)
+                step += 1
+            sharer = next_sharer(sharer, tile, sharing)
 
 
 @gluon.jit
-def multiply(left, right, acc, slot, INDEX: gl.constexpr, FIRST: gl.constexpr):
-    """Issue the product of this consumer's rows of one operand with the other's: (64, 128)."""
-    COLUMNS: gl.constexpr = left.shape[4]
-    a = left.index(slot * CONSUMERS + INDEX).reshape([WARPGROUP_ROWS, COLUMNS])
-    b = right.index(slot).reshape([BLOCK_N, COLUMNS])
-    return warpgroup_mma(a, b.permute((1, 0)), acc, use_acc=not FIRST, is_async=True)
+def produce_bias(streams, operands, sharing, call, SPEC: gl.constexpr):
+    """The producer warp of the bias: that of the tiles in which a query sees a key."""
+    tiles = 0
+    for number in range(gl.program_id(0), num_tiles(sharing, call), gl.num_programs(0)):
+        tile = tile_of(number, sharing, call, SPEC)
+        if tile.count > 0:
+            send(streams.bias, operands.bias, None, tiles, tile.batch, tile.head, tile.start_m, tile.start_n, CONSUMERS)
+            tiles += 1
+
+
+@gluon.jit
+def multiply(streams, step, acc, INDEX: gl.constexpr, FIRST: gl.constexpr):
+    """Issue the product of this consumer's rows of the left factor of a step with the right one: (64, 128)."""
+    STAGES: gl.constexpr = streams.right.shape[0]
+    COLUMNS: gl.constexpr = streams.right.shape[4]
+    slot = step % STAGES
+    wait_full(streams.ready, step)
+    left = streams.left.index(slot * CONSUMERS + INDEX).reshape([WARPGROUP_ROWS, COLUMNS])
+    right = streams.right.index(slot).reshape([BLOCK_N, COLUMNS])
+    return warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=not FIRST, is_async=True)
 
 
 @gluon.jit
 def add_sharers(
-    streams, operands, tile, start_m, step, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
-):
-    """(sum of dS over the sharers of a tile: 64 rows of it, the next step)."""
+    streams, operands, tile, tiles, start_m, step, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr,
+    INDEX: gl.constexpr,
+):  # fmt: skip
+    """(sum of dS over the sharers of the tile that is this program's `tiles`-th: 64 rows of it, the next step).
+
+    Where a query does not see a key the sum may be anything. Behind each product the next one is under way before its
+    slot is released, and behind that of the scores dP's while weights are made.
+    """
     CHUNKS: gl.constexpr = TILE.CHUNKS
-    STAGES: gl.constexpr = TILE.STAGES
     layout: gl.constexpr = accumulator_layout(BLOCK_N)
     zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, layout)
     grad = zero
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
-    for i in range(tile.first, tile.last):
-        batch, head = sharer(tile, i, sharing)
-        lse, negative_delta = load_query_numbers(operands.rows, batch, head, numbers, call, SPEC)
+    bias_tile = tile_of_channel(streams.bias.tiles, streams.bias, tiles, INDEX)
+    sharer = first_sharer(tile, sharing)
+    for _ in range(tile.count):
+        lse, negative_delta = load_query_numbers(operands.rows, sharer.batch, sharer.head, numbers, call, SPEC)
         scores = zero
         dweights = zero
         for chunk in gl.static_range(CHUNKS):
-            slot = step % STAGES
-            wait_full(streams.ready, step)
-            scores = multiply(streams.q, streams.k, scores, slot, INDEX, chunk == 0)
-            dweights = multiply(streams.dout, streams.v, dweights, slot, INDEX, chunk == 0)
-            scores, dweights = warpgroup_mma_wait(0, deps=[scores, dweights])
-            release(streams.ready, step)
+            scores = multiply(streams, step, scores, INDEX, chunk == 0)
+            if chunk > 0:
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                release(streams.ready, step - 1)
             step += 1
-        bias = streams.bias.tiles.index(INDEX).reshape([WARPGROUP_ROWS, BLOCK_N]).load(layout)
+        for chunk in gl.static_range(CHUNKS):
+            dweights = multiply(streams, step, dweights, INDEX, chunk == 0)
+            if chunk == 0:
+                scores = warpgroup_mma_wait(1, deps=[scores])
+            else:
+                dweights = warpgroup_mma_wait(1, deps=[dweights])
+            release(streams.ready, step - 1)
+            step += 1
+        wait_full(streams.bias, tiles)
+        bias = bias_tile.load(layout)
         weights = gl.exp2(scores * call.scale + (bias.to(gl.float32) * LOG2_E - lse[:, None]))
-        if tile.masked:
-            columns = tile.start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N)) + opaque_zero()
-            visible = allowed(
-                numbers[:, None], columns[None, :], call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER,
-                SPEC.HAS_UPPER,
-            )  # fmt: skip
-            weights = gl.where(visible, weights, 0.0)
+        dweights = warpgroup_mma_wait(0, deps=[dweights])
+        release(streams.ready, step - 1)
         grad += weights * (dweights + negative_delta[:, None])
+        sharer = next_sharer(sharer, tile, sharing)
     return grad, step
 
 
 @gluon.jit
-def consume(streams, operands, dbias, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+def only_visible(grad, start_m, start_n, call, SPEC: gl.constexpr):
+    """0 where a query does not see a key."""
+    rows = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
+    columns = start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N)) + opaque_zero()
+    visible = allowed(
+        rows[:, None], columns[None, :], call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
+    )
+    return gl.where(visible, grad, 0.0)
+
+
+@gluon.jit
+def consume(
+    streams, operands, dbias, staging, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
+):  # fmt: skip
     """A consumer warpgroup: the rows [64 INDEX, 64 INDEX + 64) of every tile."""
     tiles = 0
     step = 0
-    num_matrices = sharing.heads * (call.batch // sharing.shared_batches)
+    buffer = staging.index(INDEX)
     for number in range(gl.program_id(0), num_tiles(sharing, call), gl.num_programs(0)):
         tile = tile_of(number, sharing, call, SPEC)
         start_m = tile.start_m + INDEX * WARPGROUP_ROWS
-        wait_full(streams.bias, tiles)
-        grad, step = add_sharers(streams, operands, tile, start_m, step, sharing, call, SPEC, TILE, INDEX)
-        release(streams.bias, tiles)
-        tiles += 1
-        # (splits, matrices, seqlen_q, seqlen_k)
-        rows = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
-        columns = tile.start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N)) + opaque_zero()
-        origin = (tile.split * num_matrices + tile.matrix).to(gl.int64) * call.seqlen_q
-        pointers = dbias + (origin + rows)[:, None] * call.seqlen_k + columns[None, :]
-        inside = (rows < call.seqlen_q)[:, None] & (columns < call.seqlen_k)[None, :]
-        gl.store(pointers, grad.to(dbias.dtype.element_ty), mask=inside)
+        grad, step = add_sharers(streams, operands, tile, tiles, start_m, step, sharing, call, SPEC, TILE, INDEX)
+        if tile.count > 0:
+            release(streams.bias, tiles)
+            tiles += 1
+        # Once a tile, not for each sharer; and what lies outside of the matrix a copy leaves out.
+        if SPEC.HAS_LOWER or SPEC.HAS_UPPER:
+            if tile.masked:
+                grad = only_visible(grad, start_m, tile.start_n, call, SPEC)
+        tma.store_wait(0)
+        buffer.reshape([WARPGROUP_ROWS, BLOCK_N]).store(grad.to(dbias.dtype))
+        fence_async_shared()
+        copy_to_global(dbias, [tile.entry, tile.matrix, start_m, tile.start_n], buffer)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -233,27 +291,27 @@ def attention_bwd_dbias(q, k, v, dout, bias, rows, dbias, sharing, call, SPEC: g
 
     Grid: at most one program for each multiprocessor. Program p of P computes the tiles p, p + P, ...: each is a
     (128, 128) tile of a matrix of the bias, summed over a part of those who share it, and written once, zeros where the
-    mask hides everything, to `dbias` (splits, matrices, seqlen_q, seqlen_k).
+    mask hides everything, to `dbias` (splits * batch entries of the bias, its heads, seqlen_q, seqlen_k).
     """
     STAGES: gl.constexpr = TILE.STAGES
     operands = Operands(q, k, v, dout, bias, rows)
     streams = Streams(
         new_tiles(q, STAGES * CONSUMERS),
         new_tiles(k, STAGES),
-        new_tiles(v, STAGES),
-        new_tiles(dout, STAGES * CONSUMERS),
         Channel(0, 0, new_barriers(STAGES, 1), new_barriers(STAGES, CONSUMERS)),
-        new_channel(bias, None, 1, CONSUMERS, CONSUMERS),
+        new_channel(bias, None, TILE.BIAS_STAGES, CONSUMERS, CONSUMERS),
     )
+    staging = new_tiles(dbias, CONSUMERS)
     fence_async_shared()
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (consume, (streams, operands, dbias, sharing, call, SPEC, TILE, C0)),
-            (consume, (streams, operands, dbias, sharing, call, SPEC, TILE, C1)),
+            (consume, (streams, operands, dbias, staging, sharing, call, SPEC, TILE, C0)),
+            (consume, (streams, operands, dbias, staging, sharing, call, SPEC, TILE, C1)),
             (produce, (streams, operands, sharing, call, SPEC, TILE)),
+            (produce_bias, (streams, operands, sharing, call, SPEC)),
         ],
-        [4, 1],
-        [TILE.REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1],
+        [TILE.REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )

@@ -202,7 +202,8 @@ class RowsTile:
 class BiasGradientTile:
     """How the kernel for the gradient of a shared bias computes it."""
 
-    STAGES: int  # in shared memory, of 64 columns of q, k, v and dout
+    STAGES: int  # in shared memory, of 64 columns of q and k, or of dout and v
+    BIAS_STAGES: int  # of tiles of the bias
     CHUNKS: int  # of 64 columns a head dimension
     REGISTERS: int = _REGISTERS[2][0]
     maxnreg: int = _REGISTERS[2][1]
@@ -298,7 +299,8 @@ def takes_blocks_in_turn(spec: BackwardSpec, queries: int) -> bool:
     return not banded and queries <= 1024
 
 
-def bias_gradient_tile(head_dim: int, bias_size: int) -> BiasGradientTile:
-    """The tile for the larger head dimension; as many stages as shared memory holds."""
+def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:
+    """The tile for the larger head dimension and the bytes of a number; as many stages as shared memory holds."""
     chunks = -(-head_dim // 64)
-    return BiasGradientTile(4 if head_dim <= 32 else 3 if bias_size <= 2 else 2, chunks)
+    stages = 4 if bias_size <= 2 else 3
+    return BiasGradientTile(2 * stages if head_dim <= 32 else stages, 2 if gradient_size <= 2 else 1, chunks)

@@ -7,6 +7,7 @@ where heads are wide, and of packed sequences, dq has a kernel of its own. Where
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -287,9 +288,13 @@ def _new_dbias(kind: str, bias: Tensor | None, dlse: Tensor | None, lse: Tensor,
     if kind == "keys":
         return bias.new_empty(*lse.shape[:2], 1, bias.shape[3], dtype=torch.float32)
     new = bias.new_empty if mask[:2] == (None, None) else bias.new_zeros  # tiles outside a band are not visited
-    multiple = 16 // bias.element_size()
-    whole_rows = new(*bias.shape[:3], ceil_div(bias.shape[3], multiple) * multiple)  # descriptors want such
-    return whole_rows[..., : bias.shape[3]]
+    return _with_whole_rows(new, bias.shape, bias.dtype)
+
+
+def _with_whole_rows(new: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A new tensor whose rows begin at multiples of 16 bytes, as descriptors want."""
+    multiple = 16 // dtype.itemsize
+    return new(*shape[:3], ceil_div(shape[3], multiple) * multiple, dtype=dtype)[..., : shape[3]]
 
 
 def _plan_shared_dbias(
@@ -303,10 +308,11 @@ def _plan_shared_dbias(
     matrices = bias.shape[0] * bias.shape[1]
     tiles = ceil_div(seqlen_q, _TILE_M) * ceil_div(seqlen_k, _TILE_N) * matrices
     splits = min(batch * heads // matrices, max(1, num_sms // tiles))
-    dbias = bias.new_empty(splits, *bias.shape, dtype=bias.dtype if splits == 1 else torch.float32)
     sharing = Sharing(bias.shape[1], batch // bias.shape[0], heads // bias.shape[1], splits)
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     columns = min(64, head_dim)
+    dtype = bias.dtype if splits == 1 else torch.float32
+    dbias = _with_whole_rows(bias.new_empty, (splits * bias.shape[0], *bias.shape[1:]), dtype)
     arguments = (
         _rows_of(q, _ROWS, columns),
         _rows_of(k, _TILE_N, columns),
@@ -314,13 +320,13 @@ def _plan_shared_dbias(
         _rows_of(dout, _ROWS, columns),
         descriptor(bias.expand(batch, heads, seqlen_q, seqlen_k), _ROWS, _TILE_N),
         flat(rows),
-        flat(dbias),
+        descriptor(dbias, _ROWS, _TILE_N),
         Argument(sharing, Sharing("i32", "i32", "i32", "i32")),
         call,
     )
-    tile = bias_gradient_tile(head_dim, bias.element_size())
+    tile = bias_gradient_tile(head_dim, bias.element_size(), dtype.itemsize)
     launch = Launch(attention_bwd_dbias, min(num_sms, tiles * splits), arguments, spec, tile)
-    return dbias[0] if splits == 1 else dbias, launch
+    return dbias if splits == 1 else dbias.unflatten(0, (splits, bias.shape[0])), launch
 
 
 def _rows_of(tensor: Tensor, rows: int, columns: int, packed: bool = False) -> Argument:
