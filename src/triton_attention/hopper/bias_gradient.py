@@ -139,8 +139,9 @@ def first_sharer(tile, sharing):
 
 
 @gluon.jit
-def next_sharer(sharer, tile, sharing):
-    head = sharer.head + 1
+def next_sharer(sharer, tile, sharing, advance=1):
+    """The one after it, or with `advance` 0 the same."""
+    head = sharer.head + advance
     is_last = head == tile.head + sharing.shared_heads
     return Sharer(gl.where(is_last, sharer.batch + 1, sharer.batch), gl.where(is_last, tile.head, head))
 
@@ -210,8 +211,8 @@ def add_sharers(
 ):  # fmt: skip
     """(sum of dS over the sharers of the tile that is this program's `tiles`-th: 64 rows of it, the next step).
 
-    Where a query does not see a key the sum may be anything. Behind each product the next one is under way before its
-    slot is released, and behind that of the scores dP's while weights are made.
+    Where a query does not see a key the sum may be anything. The next product is under way when the slot of one is
+    released, and that of dP while the weights are made.
     """
     CHUNKS: gl.constexpr = TILE.CHUNKS
     layout: gl.constexpr = accumulator_layout(BLOCK_N)
@@ -220,8 +221,10 @@ def add_sharers(
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
     bias_tile = tile_of_channel(streams.bias.tiles, streams.bias, tiles, INDEX)
     sharer = first_sharer(tile, sharing)
-    for _ in range(tile.count):
-        lse, negative_delta = load_query_numbers(operands.rows, sharer.batch, sharer.head, numbers, call, SPEC)
+    next_lse, next_negative_delta = load_query_numbers(operands.rows, sharer.batch, sharer.head, numbers, call, SPEC)
+    for i in range(tile.count):
+        is_last = i == tile.count - 1
+        lse, negative_delta = next_lse, next_negative_delta
         scores = zero
         dweights = zero
         for chunk in gl.static_range(CHUNKS):
@@ -238,13 +241,19 @@ def add_sharers(
                 dweights = warpgroup_mma_wait(1, deps=[dweights])
             release(streams.ready, step - 1)
             step += 1
+        sharer = next_sharer(sharer, tile, sharing, gl.where(is_last, 0, 1))
+        next_lse, next_negative_delta = load_query_numbers(
+            operands.rows, sharer.batch, sharer.head, numbers, call, SPEC
+        )
         wait_full(streams.bias, tiles)
         bias = bias_tile.load(layout)
         weights = gl.exp2(scores * call.scale + (bias.to(gl.float32) * LOG2_E - lse[:, None]))
+        # The branch keeps the exponentials before the wait, which ptxas would else move up.
+        if is_last:
+            release(streams.bias, tiles)
         dweights = warpgroup_mma_wait(0, deps=[dweights])
         release(streams.ready, step - 1)
         grad += weights * (dweights + negative_delta[:, None])
-        sharer = next_sharer(sharer, tile, sharing)
     return grad, step
 
 
@@ -272,7 +281,6 @@ def consume(
         start_m = tile.start_m + INDEX * WARPGROUP_ROWS
         grad, step = add_sharers(streams, operands, tile, tiles, start_m, step, sharing, call, SPEC, TILE, INDEX)
         if tile.count > 0:
-            release(streams.bias, tiles)
             tiles += 1
         # Once a tile, not for each sharer; and what lies outside of the matrix a copy leaves out.
         if SPEC.HAS_LOWER or SPEC.HAS_UPPER:
