@@ -115,7 +115,7 @@ class Call:
         program = [0]
         stand_in = language(program)
         own = as_python(backward_call.call_of_own_block, stand_in)
-        block_of_program = as_python(module.block_of_program, stand_in)
+        block_of = as_python(module.block_of if along_keys else module.block_of_program, stand_in)
         load_slope = as_python(heads.load_slope, stand_in)
         call = launch.arguments[-1].value
         packing = call.packing._replace(cu_seqlens_q=Pointer(self.starts[0]), cu_seqlens_k=Pointer(self.starts[1]))
@@ -124,7 +124,7 @@ class Call:
         call = call._replace(packing=packing, extras=call.extras._replace(slopes=slopes))
         for program[0] in range(launch.programs):
             found = own(call, along_keys, launch.tile.CONSUMERS * 64, launch.spec)
-            block = block_of_program(found, launch.spec, launch.tile)
+            block = block_of(*program[: int(along_keys)], found, launch.spec, launch.tile)
             load_slope(block.batch, 0, found, launch.spec)  # of a sequence that there is
             yield found, block
 
@@ -172,8 +172,9 @@ def test_each_row_has_one_owner_that_visits_what_it_sees(along_keys, lengths, he
                       64 * launch.tile.CONSUMERS)  # fmt: skip
         owners[head, own] += 1
         steps = range(block.first, block.last)
-        if block.batch == len(lengths) or not own:
-            assert not steps
+        if block.batch == len(lengths) or not own:  # a block of keys that nobody sees has one step, masked out
+            assert steps == range(int(along_keys))
+            assert not block.full_first <= 0 < block.full_last
             continue
         lengths_of_it = lengths[block.batch]
         assert own == list(range(starts[block.batch] + start, own[-1] + 1))
