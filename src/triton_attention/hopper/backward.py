@@ -90,7 +90,9 @@ class Channels(NamedTuple):
 
 class Block(NamedTuple):
     """A block of keys, and the blocks [first, last) of queries that see some of them; those in
-    [full_first, full_last) see all, so that they need no mask. Where none sees any there is one, masked out."""
+    [full_first, full_last) see all, so that they need no mask. Where none sees any there is one, masked out, so that
+    programs that take block after block find steps in each; packed sequences, of which a program takes one, have none.
+    """
 
     start_n: object
     head_kv: object
@@ -145,7 +147,7 @@ def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     full_end = gl.where(start_n + BLOCK_N > call.seqlen_k, full_begin, full_end)
     first = begin // BLOCK_M
     last = gl.cdiv(end, BLOCK_M)
-    if SPEC.HAS_UPPER or SPEC.HAS_LOWER or SPEC.VARLEN:
+    if (SPEC.HAS_UPPER or SPEC.HAS_LOWER) and not SPEC.VARLEN:
         unseen = last <= first
         first = gl.where(unseen, 0, first)
         last = gl.where(unseen, 1, last)
@@ -404,12 +406,15 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     i = 0
     for number in range(gl.program_id(0), num_blocks(call, SPEC, TILE), gl.num_programs(0)):
         block = block_of(number, call, SPEC, TILE)
+        if SPEC.VARLEN:  # perhaps no query sees them
+            send_keys(channels, inputs, i, block, SPEC, TILE)
         for member in range(call.group):
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
                 send_queries(channels, inputs, step, Step(head, m, block, number), call, SPEC, TILE)
-                if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
-                    send_keys(channels, inputs, i, block, SPEC, TILE)
+                if not SPEC.VARLEN:
+                    if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
+                        send_keys(channels, inputs, i, block, SPEC, TILE)
                 step += 1
         i += 1
 

@@ -53,6 +53,7 @@ from triton_attention.problem import Extras, Mask
 _REGISTER_HEAD_DIM = 128  # above it a warpgroup's registers do not hold both dk and dv
 _LOG2_E = math.log2(math.e)
 _SECTION_BYTES = 24 << 20  # queries, their gradients, and the sums of dq, that stay in L2 together
+_SPLITS_OF_SEVERAL_ROUNDS = 8  # at most; each is a float32 copy of the gradient
 _ROWS = WARPGROUP_ROWS.value
 _PANEL = PANEL.value
 _TILE_M, _TILE_N = BLOCK_M.value, BLOCK_N.value
@@ -307,7 +308,7 @@ def _plan_shared_dbias(
     seqlen_k = k.shape[1]
     matrices = bias.shape[0] * bias.shape[1]
     tiles = ceil_div(seqlen_q, _TILE_M) * ceil_div(seqlen_k, _TILE_N) * matrices
-    splits = min(batch * heads // matrices, max(1, num_sms // tiles))
+    splits = _splits(tiles, batch * heads // matrices, num_sms)
     sharing = Sharing(bias.shape[1], batch // bias.shape[0], heads // bias.shape[1], splits)
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     columns = min(64, head_dim)
@@ -327,6 +328,19 @@ def _plan_shared_dbias(
     tile = bias_gradient_tile(head_dim, bias.element_size(), dtype.itemsize)
     launch = Launch(attention_bwd_dbias, min(num_sms, tiles * splits), arguments, spec, tile)
     return dbias if splits == 1 else dbias.unflatten(0, (splits, bias.shape[0])), launch
+
+
+def _splits(tiles: int, sharers: int, num_sms: int) -> int:
+    """How many programs divide the sharers of a tile among them, where there are fewer tiles than multiprocessors.
+
+    As few as come within a twentieth of the shortest time: rounds of programs, each of which takes 1 / splits.
+    """
+    if tiles >= num_sms:
+        return 1
+    most = min(sharers, max(_SPLITS_OF_SEVERAL_ROUNDS, num_sms // tiles))
+    times = {splits: ceil_div(tiles * splits, num_sms) / splits for splits in range(1, most + 1)}
+    shortest = min(times.values())
+    return next(splits for splits, time in times.items() if time <= 1.05 * shortest)
 
 
 def _rows_of(tensor: Tensor, rows: int, columns: int, packed: bool = False) -> Argument:
