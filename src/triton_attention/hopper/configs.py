@@ -231,25 +231,26 @@ class QueriesRow(NamedTuple):
 _Row = TypeVar("_Row", BackwardRow, QueriesRow)
 
 
-# H100 80GB HBM3, Triton 3.6.0, bf16. TFLOP/s at s 4096, full / causal; with a matrix bias that the batch shares, at
-# s 2048, the microseconds of this kernel. A row without a comment was not timed.
+# H100 80GB HBM3, Triton 3.6.0, bf16, microseconds of this kernel; batch * seqlen 16k, heads * d 2048, or with a matrix
+# bias that the batch shares, b 4, h 16, s 2048. A row without a comment was not timed.
 BACKWARD_ROWS = (
-    # s 1024 full: 754 us, causal 480; one block of keys in shared memory 779 and 522
-    BackwardRow(64, 0, BackwardTile(3, 2, 2, False, 144, 80, 128, 2)),  # 516 / 466; two consumers: 452 / 402
+    # s 1024 full / causal: 705 / 465 us; with two stages 760 / 485, with three and one block of keys 710 / 501
+    BackwardRow(64, 0, BackwardTile(3, 3, 2, False, 144, 80, 128, 2)),
     # pair bias n 256, 384, 512: 106, 308, 696 us, with three consumers 137, 265, 653; with two stages 119, 336, 725 and
     # 142, 294, 694
     BackwardRow(32, 2, BackwardTile(2, 3, 2, True, 208, 88, 168, 2), seqlen_k=range(257)),
     BackwardRow(32, 2, BackwardTile(3, 3, 2, False, 144, 80, 128, 2)),
-    BackwardRow(64, 2, BackwardTile(3, 2, 1, False, 144, 80, 128)),  # 437 us; two consumers: 461
+    BackwardRow(64, 2, BackwardTile(3, 3, 1, False, 144, 80, 128)),  # 414 us; two stages 452; two consumers 432
     BackwardRow(64, 4, BackwardTile(2, 2, 1, False, 208, 88, 168)),
-    BackwardRow(128, 0, BackwardTile(2, 2, 1, False, 216, 72, 168)),  # 528 / 451; 208 and 88 registers spill: 444 / 407
+    # s 1024 full / causal: 602 / 449 us; two stages 653 / 463. 208 and 88 registers spill: 444 TFLOP/s of 528
+    BackwardRow(128, 0, BackwardTile(2, 3, 1, False, 216, 72, 168)),
     BackwardRow(128, 2, BackwardTile(2, 2, 1, False, 216, 72, 168)),  # 662 us
     BackwardRow(128, 4, BackwardTile(2, 1, 1, False, 216, 72, 168)),
 )
 
 # Where dq is made apart: the kernels that own keys, in TFLOP/s that count the four products they do; full / causal.
 KEYS_ROWS = (
-    BackwardRow(64, 0, BackwardTile(3, 2, 0, False, 160, 24, 128, 2)),
+    BackwardRow(64, 0, BackwardTile(3, 3, 0, False, 160, 24, 128, 2)),  # s 4096: 1873 / 1003 us; two stages 1933 / 1065
     BackwardRow(64, 4, BackwardTile(2, 2, 0, False, 240, 24, 168)),
     BackwardRow(128, 0, BackwardTile(2, 2, 0, True, 240, 24, 168)),  # 733 / 678; not early: 648 / 639
     BackwardRow(128, 2, BackwardTile(2, 2, 0, True, 240, 24, 168)),
