@@ -1,4 +1,4 @@
-"""Which command was asked for: run, plot, compare or numerics?"""
+"""Which command was asked for: run, plot, compare, features or numerics?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "measure providers on cases and write a CSV",
     "plot": "draw a CSV as PNG and SVG",
     "compare": "speed of one CSV over another, case by case",
+    "features": "what softcap, ALiBi, sink, dropout, window and packed sequences cost, and write a CSV",
     "numerics": "errors against float64 by length and data, and write a CSV",
 }
 

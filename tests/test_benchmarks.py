@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from benchmarks import compare, numerics, rows, run
+from benchmarks import compare, features, numerics, rows, run
 from benchmarks.__main__ import main
 from benchmarks.cases import GROUPS, Case, random_inputs
 from benchmarks.correctness import reference
@@ -409,3 +409,27 @@ def test_numerics_of_every_kind_of_data(tmp_path, capsys):
     assert {"out", "lse", "dq", "dk", "dv", "dbias"} == {key[3] for key in ours}
     assert any(row["provider"] == "sdpa_cudnn" and row["note"] == "runs on CUDA devices only" for row in table)
     assert "data equal logits, seqlen 64" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ features
+
+
+def test_pairs_of_a_window_are_counted():
+    seqlen, window = 9, 3
+    seen = sum(1 for query in range(seqlen) for key in range(seqlen) if query - window <= key <= query)
+    shape = features.Shape(1, seqlen, 1, 8, True)
+    assert shape.pairs(window) == seen
+    assert shape.pairs() == seqlen * (seqlen + 1) / 2
+    assert shape._replace(causal=False).pairs() == seqlen**2
+
+
+def test_every_feature_is_measured_against_the_plain_call(tmp_path):
+    output = tmp_path / "features.csv"
+    assert main(["features", "--device", "cpu", "--seconds-per-case", "0.01", "--output", str(output)]) == 0
+    with open(output, newline="") as file:
+        found = list(csv.DictReader(file))
+    names = list(dict.fromkeys(row["feature"] for row in found))
+    assert names[:6] == ["plain", "softcap", "alibi", "sink", "dropout", "packed, equal"]
+    assert len(names) == 8
+    assert all(row["tflops"] and row["of_plain"] and not row["note"] for row in found)
+    assert {row["pass"] for row in found} == {"fwd", "bwd"}
