@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from itertools import accumulate
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _STREAM = 3  # where a native launcher takes the stream: after the three sizes of the grid
 
@@ -23,25 +25,17 @@ def is_watched() -> bool:
     return bool((enter and getattr(enter, "calls", True)) or (leave and getattr(leave, "calls", True)))
 
 
-def ready(compiled: CompiledKernel, programs: int, values: tuple[Any, ...]) -> Callable[[int], object]:
-    """`compiled[(programs, 1, 1)](*values)` as a function of the stream. It tells no hook: see `is_watched`.
+class Ready(NamedTuple):
+    """A launch whose arguments are as the function in C takes them."""
 
-    Tried with Triton 3.6 to 3.9; a launcher of another make is called the public way.
-    """
-    start = compiled[(programs, 1, 1)]
-    prepared = _native(compiled, programs, values)
-    if prepared is None:
-        return lambda stream: start(*values, stream=stream)
-    native, before, after = prepared
-    return lambda stream: native(*before, stream, *after)
+    start: Callable[[int, list[Any]], object]  # of the stream and all that the values became; it tells no hook
+    arguments: list[tuple[Any, ...]]  # what each value became: of a descriptor a tensor map, its sizes and strides
 
 
-def _native(
-    compiled: CompiledKernel, programs: int, values: tuple[Any, ...]
-) -> tuple[Callable[..., object], tuple[Any, ...], tuple[Any, ...]] | None:
-    """The function in C that launches, and its arguments before and after the stream; None for an unknown launcher.
+def ready(compiled: CompiledKernel, programs: int, values: tuple[Any, ...]) -> Ready | None:
+    """`compiled[(programs, 1, 1)](*values)`, as Triton's own code tells it to a function in the place of the one in C.
 
-    The arguments are those that Triton's own code hands to a function in the place of the one in C.
+    Tried with Triton 3.6 to 3.9; None for a launcher of another make.
     """
     launcher: Any = compiled.run
     sizes = [getattr(launcher, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
@@ -68,4 +62,20 @@ def _native(
     twin(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
     if len(seen) != 1 or seen[0][_STREAM] is not stream:
         return None
-    return native, seen[0][:_STREAM], seen[0][_STREAM + 1 :]
+    return _split(native, seen[0], values)
+
+
+def _split(native: Callable[..., object], seen: tuple[Any, ...], values: tuple[Any, ...]) -> Ready | None:
+    """`seen` is what `native` would have got: where to launch what, and last, one by one or in one list, the items that
+    the values became."""
+    sizes = [1 + 2 * len(value.shape) if isinstance(value, TensorDescriptor) else 1 for value in values]
+    together = isinstance(seen[-1], (list, tuple)) and len(seen[-1]) == sum(sizes)
+    items, others = (seen[-1], seen[:-1]) if together else (seen[-sum(sizes) :], seen[: -sum(sizes)])
+    if len(others) <= _STREAM:
+        return None
+    ends = list(accumulate(sizes))
+    arguments = [tuple(items[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    before, after = others[:_STREAM], others[_STREAM + 1 :]
+    if together:
+        return Ready(lambda stream, items: native(*before, stream, *after, items), arguments)
+    return Ready(lambda stream, items: native(*before, stream, *after, *items), arguments)

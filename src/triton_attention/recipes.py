@@ -1,21 +1,21 @@
 """How is a plan run again where nothing but addresses has changed?
 
 A plan follows from the layouts of its tensors. So of one whose layouts come again a **recipe** is kept: what to
-allocate, and for each launch which argument is at which place of which tensor. Where the addresses come again too, as
-they do in a loop since PyTorch gives freed memory out again, the arguments are kept as Triton hands them to the driver.
+allocate, and for each launch which argument is at which place of which tensor. PyTorch gives freed memory out again, so
+addresses come again, too, if not always together: what Triton makes of each argument is kept by its own address.
 
-What is kept are shapes, offsets and addresses, of a bounded number of calls: no memory of a tensor stays alive.
+What is kept are shapes, offsets and addresses, a bounded number of each: no memory of a tensor stays alive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from triton_attention import kernel
@@ -24,10 +24,9 @@ from triton_attention.ready import is_watched, ready
 
 Plan = TypeVar("Plan", bound=tuple[Any, ...])  # a NamedTuple of results, launches that fill them, and inputs
 Value = TypeVar("Value")
-Start = Callable[[int], object]  # of the stream
 
 _MAX_LAYOUTS = 4096  # that are remembered
-_MAX_ADDRESSES = 2048
+_MAX_ARGUMENTS = 32768
 _SCRATCH_ALIGNMENT = 256  # bytes; what PyTorch allocates starts at multiples of more
 
 
@@ -98,8 +97,7 @@ class Recipe:
         self._allocators = [_allocator(tensor, zero, inputs) for tensor, zero in made]
         self._fields = [_view(field, roots, places) if isinstance(field, Tensor) else None for field in plan]
         self._launches = [
-            (kernel.variant(launch), launch.programs, [_maker(value, roots, places) for value in _values(launch)])
-            for launch in _launches(plan)
+            _Launcher(launch, [_maker(value, roots, places) for value in _values(launch)]) for launch in _launches(plan)
         ]
 
     @classmethod
@@ -119,31 +117,64 @@ class Recipe:
         roots = [tensor for tensor in inputs if tensor is not None]
         for allocate in self._allocators:
             roots.append(allocate(roots))
-        addresses = tuple([root.data_ptr() for root in roots])
-        starts = _starts.get((self, addresses))
-        if starts is None:
-            starts = self._starts(addresses)
+        addresses = [root.data_ptr() for root in roots]
         stream = driver.active.get_current_stream(roots[0].device.index)
-        for start in starts:
-            start(stream)
+        for launch in self._launches:
+            launch.start(addresses, stream)
         return self._type._make([None if view is None else view(roots) for view in self._fields])
 
-    def _starts(self, addresses: tuple[int, ...]) -> list[Start]:
-        """The launches with arguments at these addresses."""
-        launches = [
-            (compiled, programs, tuple([maker(addresses) for maker in makers]))
-            for compiled, programs, makers in self._launches
-        ]
-        starts = _starts.offer((self, addresses), lambda: [ready(*launch) for launch in launches])
-        return [_start(*launch) for launch in launches] if starts is None else starts
+
+class _Launcher:
+    """A launch of a recipe. Its arguments are put together of what Triton made of them at the addresses of today."""
+
+    def __init__(self, launch: Launch, makers: list[_Maker]) -> None:
+        self._compiled = kernel.variant(launch)
+        self._programs = launch.programs
+        self._makers = makers
+        self._slots: list[_Slot] = []  # of the arguments that have an address, each with those behind it that have none
+        for index, maker in enumerate(makers):
+            if maker.root is not None or not self._slots:
+                self._slots.append(_Slot(object(), maker.root or 0, index))
+        self._start: Callable[[int, list[Any]], object] | None = None
+
+    def start(self, addresses: list[int], stream: int) -> None:
+        """Launch with the roots of the recipe at these addresses."""
+        items: list[Any] = []
+        for name, root, _ in self._slots:
+            made = _made.get((name, addresses[root]))
+            if made is None:
+                self._start_anew(addresses, stream)
+                return
+            items += made
+        assert self._start is not None  # what was made, was made with it
+        self._start(stream, items)
+
+    def _start_anew(self, addresses: list[int], stream: int) -> None:
+        """Launch with arguments of which some are at addresses that they never had."""
+        values = tuple([maker.make(addresses) for maker in self._makers])
+        prepared = ready(self._compiled, self._programs, values)
+        if prepared is None:
+            self._compiled[(self._programs, 1, 1)](*values, stream=stream)
+            return
+        self._start = prepared.start
+        prepared.start(stream, [item for argument in prepared.arguments for item in argument])
+        ends = [*(slot.begin for slot in self._slots[1:]), len(values)]
+        if len(_made) + len(ends) > _MAX_ARGUMENTS:
+            _made.clear()
+        for (name, root, begin), end in zip(self._slots, ends, strict=True):
+            _made[name, addresses[root]] = tuple(chain.from_iterable(prepared.arguments[begin:end]))
+
+
+class _Slot(NamedTuple):
+    """Arguments of a launch that follow from the address of one root."""
+
+    name: object
+    root: int
+    begin: int  # which argument is the first
 
 
 _recipes: _Kept[Recipe] = _Kept(_MAX_LAYOUTS)
-_starts: _Kept[list[Start]] = _Kept(_MAX_ADDRESSES)
-
-
-def _start(compiled: CompiledKernel, programs: int, values: tuple[Any, ...]) -> Start:
-    return lambda stream: compiled[(programs, 1, 1)](*values, stream=stream)
+_made: dict[tuple[object, int], tuple[Any, ...]] = {}  # of a slot at an address
 
 
 def _launches(plan: tuple[Any, ...]) -> Iterator[Launch]:
@@ -245,22 +276,31 @@ class _Address(NamedTuple):
         return self.pointer
 
 
-def _maker(value: Any, roots: tuple[Tensor, ...], places: dict[int, _Place]) -> Callable[[tuple[int, ...]], Any]:
+class _Maker(NamedTuple):
+    """What makes an argument of the addresses of roots."""
+
+    root: int | None  # whose address it follows from; None: it is the same whatever they are
+    make: Callable[[list[int]], Any]
+
+
+def _maker(value: Any, roots: tuple[Tensor, ...], places: dict[int, _Place]) -> _Maker:
     """What makes of the addresses of other roots the argument that `value` is of these."""
     if isinstance(value, Tensor):
         root, offset = _locate(value, roots, places)
-        return lambda addresses: addresses[root] + offset
+        return _Maker(root, lambda addresses: addresses[root] + offset)
     if isinstance(getattr(value, "base", None), Tensor):
         root, offset = _locate(value.base, roots, places)
         fields, kind = vars(value) | {"base": None}, type(value)
 
-        def descriptor(addresses: tuple[int, ...]) -> Any:
+        def descriptor(addresses: list[int]) -> Any:
             made = object.__new__(kind)  # its constructor would check again what was checked
             vars(made).update(fields, base=_Address(addresses[root] + offset))
             return made
 
-        return descriptor
+        return _Maker(root, descriptor)
     if isinstance(value, tuple) and any(isinstance(item, (Tensor, tuple)) for item in value):
         makers, kind = [_maker(item, roots, places) for item in value], type(value)._make  # type: ignore[attr-defined]
-        return lambda addresses: kind([maker(addresses) for maker in makers])
-    return lambda addresses: value
+        inside = {maker.root for maker in makers} - {None}
+        assert len(inside) <= 1  # else it would follow from two addresses
+        return _Maker(next(iter(inside), None), lambda addresses: kind([maker.make(addresses) for maker in makers]))
+    return _Maker(None, lambda addresses: value)

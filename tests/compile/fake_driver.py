@@ -5,6 +5,7 @@ that go Triton's public way, and prints how many.
 """
 
 import ctypes
+import random
 import re
 import subprocess
 import sys
@@ -138,10 +139,20 @@ def main(folder: Path) -> None:
     def compare(planned):
         compiled, values = kernel.variant(planned), recipes._values(planned)
         public = seen(compiled, compiled[(planned.programs, 1, 1)], *values)
-        start, encoded = ready(compiled, planned.programs, values), log.encoded
-        assert seen(compiled, start, 77) == public
-        assert seen(compiled, start, 78)[3] == 78
+        prepared, encoded = ready(compiled, planned.programs, values), log.encoded
+        items = [item for argument in prepared.arguments for item in argument]
+        assert seen(compiled, prepared.start, 77, items) == public
+        assert seen(compiled, prepared.start, 78, items)[3] == 78
         assert log.encoded == encoded, "the launch was not prepared"
+
+    def compare_in_other_company(launcher):
+        """Addresses that come again, with others than before, are put together from what is known of each."""
+        draw, known = random.Random(0), [[(1 + 16 * i + j) << 20 for i in range(32)] for j in range(3)]
+        for addresses in (*known, *(list(map(draw.choice, zip(*known, strict=True))) for _ in range(5))):
+            compiled, values = launcher._compiled, [maker.make(addresses) for maker in launcher._makers]
+            public, encoded = seen(compiled, compiled[(launcher._programs, 1, 1)], *values), log.encoded
+            assert seen(compiled, launcher.start, addresses, 77) == public
+        assert log.encoded == encoded, "what was known was made again"
 
     q, k, v = (x.bfloat16() for x in torch.randn(3, 2, 300, 3, 96))
     dout, out, lse = torch.zeros_like(q), torch.zeros_like(q), torch.zeros(2, 3, 300)
@@ -155,6 +166,13 @@ def main(folder: Path) -> None:
     launches = [launch for plan in plans for launch in recipes._launches(plan)]
     for planned in launches:
         compare(planned)
+    numbers = (Mask(None, 0), 0.1, False, NO_EXTRAS, False, 8)
+    for make, given in (
+        (lambda *tensors: launch.plan_forward(*tensors, Mask(None, 0), 0.1, 8), (q, k, v, None)),
+        (lambda *tensors: launch.plan_backward(*tensors, *numbers), (dout, None, q, k, v, None, out, lse)),
+    ):
+        for launcher in recipes.Recipe.of(make, given)._launches:
+            compare_in_other_company(launcher)
     print(len(launches))
 
 

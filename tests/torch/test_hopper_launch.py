@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import math
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from triton_attention.hopper.operands import row_descriptors
 from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.hopper.softmax import tanh_fraction
 from triton_attention.problem import NO_EXTRAS, Extras, Mask, Packing
+from triton_attention.ready import Ready
 
 CAUSAL = Mask(None, 0)
 EXTRAS = {
@@ -42,7 +44,7 @@ class Variants:
 
     def ready(self, start, programs, values):
         self.prepared += 1
-        return lambda stream: start(*values)
+        return Ready(lambda stream, items: start(*items), [(value,) for value in values])
 
 
 @pytest.fixture
@@ -50,10 +52,9 @@ def variants(monkeypatch):
     variants = Variants()
     monkeypatch.setattr(launch, "_num_sms", lambda device: SMS)
     monkeypatch.setattr(recipes, "_recipes", recipes._Kept(100))
-    monkeypatch.setattr(recipes, "_starts", recipes._Kept(100))
+    monkeypatch.setattr(recipes, "_made", {})
     monkeypatch.setattr(recipes, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 0)))
     monkeypatch.setattr(recipes, "ready", variants.ready)
-    monkeypatch.setattr(recipes, "_start", lambda start, programs, values: lambda stream: start(*values))
     monkeypatch.setattr(kernel, "variant", variants.of)
     for module in (kernel, launch):
         monkeypatch.setattr(module, "run", lambda planned: variants.of(planned)(*recipes._values(planned)))
@@ -125,8 +126,9 @@ def test_a_layout_met_again_changes_addresses_alone(variants, head_dim, known, b
 
 
 @each_mask
+@pytest.mark.parametrize("known", [None, "what stands for the call"])
 @pytest.mark.parametrize("bias_shape", [*BIASES, (2, 3, 300, 304), (1, 1, 1, 304)], ids=str)
-def test_a_backward_met_again_changes_addresses_alone(variants, bias_shape, mask):
+def test_a_backward_met_again_changes_addresses_alone(variants, bias_shape, known, mask):
     def make_tensors():
         q, k, v, bias = tensors(64, bias_shape)
         if bias_shape is not None and bias_shape[3] == 304:
@@ -135,7 +137,7 @@ def test_a_backward_met_again_changes_addresses_alone(variants, bias_shape, mask
         return torch.randn_like(q), lse + 1, q, k, v, bias, torch.zeros_like(q), lse
 
     def call(*inputs):
-        return launch.backward(*inputs, mask, 0.1, bias_shape is not None, NO_EXTRAS, False)
+        return launch.backward(*inputs, mask, 0.1, bias_shape is not None, NO_EXTRAS, False, known=known)
 
     kept, made = thrice(call, make_tensors, variants)
     assert made[0] == made[1] == made[2]
@@ -144,6 +146,27 @@ def test_a_backward_met_again_changes_addresses_alone(variants, bias_shape, mask
         assert [None if x is None else (x.shape, x.dtype) for x in results] == [
             None if x is None else (x.shape, x.dtype) for x in kept[0][1]
         ]
+
+
+def test_what_stands_for_a_backward_says_neither_what_is_wanted_nor_how(variants):
+    """The same call may be differentiated in other ways: PyTorch's switch of deterministic algorithms is global."""
+    q, k, v, bias = tensors(64, (2, 3, 1, 300))
+    for needs_dbias, deterministic in [(False, False), (True, False), (False, True), (True, True)] * 3:
+        variants.launched.clear()
+        *_, dbias, _ = backward(q, k, v, bias, needs_dbias=needs_dbias, deterministic=deterministic, known="the call")
+        assert [kernel.__name__ for kernel, _ in variants.launched] == (APART if deterministic else ADDED)
+        assert (dbias is not None) == needs_dbias
+
+
+def test_a_gradient_of_results_whose_rows_are_not_aligned_is_copied_each_time(variants):
+    q, k, v, _ = tensors(64, None)
+    out, lse = torch.zeros_like(q), torch.zeros(2, 3, 300)
+    for number in range(4):
+        dout = torch.full((), float(number), dtype=q.dtype).expand(q.shape)
+        launch.backward(dout, None, q, k, v, None, out, lse, CAUSAL, 0.1, False, NO_EXTRAS, False, known="the call")
+        (_, (_, *strides)) = variants.launched[-3][1][:2]
+        assert strides == list(q.stride()[:3])
+    assert len(recipes._recipes) == 1
 
 
 def test_scratch_memory_does_not_overlap(variants):
@@ -197,23 +220,49 @@ def test_arguments_are_prepared_where_addresses_come_again(variants):
         launch.forward(q, k, v, None, Mask(), 0.1)
     assert len(variants.launched) == 8
     assert 1 <= variants.prepared < 4
-    kept = [launch.forward(*(x.clone() for x in (q, k, v)), None, Mask(), 0.1) for _ in range(4)]
-    before = variants.prepared
-    kept += [launch.forward(*(x.clone() for x in (q, k, v)), None, Mask(), 0.1) for _ in range(4)]
-    assert variants.prepared <= before + 1
+    kept = [launch.forward(*(x.clone() for x in (q, k, v)), None, Mask(), 0.1) for _ in range(8)]
     addresses = [values[7].base.data_ptr() for _, values in variants.launched[-8:]]
     assert addresses == [out.data_ptr() for out, _ in kept]
 
 
+def test_addresses_may_come_again_in_other_company(variants):
+    tensors_of = [tensors(64, None)[:3] for _ in range(3)]
+    combinations = list(product(*zip(*tensors_of, strict=True)))
+    addresses_of_results = set()
+    for call in (*combinations[:2], *combinations, *combinations[::-1]):
+        out, lse = launch.forward(*call, None, Mask(), 0.1)
+        values = variants.launched[-1][1]
+        read = [values[i].base.data_ptr() for i in (0, 2, 4, 7)]
+        assert read == [x.data_ptr() for x in (*call, out)]
+        addresses_of_results |= {out.data_ptr(), lse.data_ptr()}
+    assert variants.prepared <= 3 * 3 + len(addresses_of_results)  # one for each that is new, at most
+
+
+def test_a_launcher_of_another_make_is_called_the_public_way(variants, monkeypatch):
+    public = []
+
+    class Compiled:
+        def __getitem__(self, programs):
+            return lambda *values, stream: public.append((programs, stream))
+
+    monkeypatch.setattr(kernel, "variant", lambda planned: Compiled())
+    monkeypatch.setattr(recipes, "ready", lambda compiled, programs, values: None)
+    q, k, v, _ = tensors(64, None)
+    for _ in range(4):
+        launch.forward(q, k, v, None, Mask(), 0.1)
+    assert public == [((SMS, 1, 1), 0)] * 3
+    assert not recipes._made
+
+
 def test_what_is_kept_is_bounded(variants, monkeypatch):
     monkeypatch.setattr(recipes, "_recipes", recipes._Kept(3))
-    monkeypatch.setattr(recipes, "_starts", recipes._Kept(3))
+    monkeypatch.setattr(recipes, "_MAX_ARGUMENTS", 8)
     for length in range(100, 108):
         q, k, v = (x[:, :length] for x in tensors(64, None)[:3])
         for _ in range(4):
             launch.forward(q, k, v, None, Mask(), 0.1)
             assert len(recipes._recipes) <= 3
-            assert len(recipes._starts) <= 3
+            assert len(recipes._made) <= 8
     assert len(variants.launched) == 8 * 4
 
 
@@ -410,13 +459,14 @@ def test_the_tanh_of_a_softcap():
     torch.testing.assert_close(numerator / denominator, torch.tensor([-1.0, 1.0]), rtol=3e-7, atol=0.0)
 
 
-def backward(q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, extras=NO_EXTRAS, deterministic=False):
+def backward(
+    q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, extras=NO_EXTRAS, deterministic=False, known=None
+):
     """What the launcher makes of a call whose results are zeros."""
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
     lse = torch.zeros(q.shape[:-1]).transpose(-1, -2).contiguous()
-    return launch.backward(
-        torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, extras, deterministic
-    )
+    given = (torch.zeros_like(out), dlse, q, k, v, bias, out, lse, mask, 0.1, needs_dbias, extras, deterministic)
+    return launch.backward(*given, known=known)
 
 
 def test_the_backward_leaves_rows_that_are_not_aligned(variants):

@@ -75,12 +75,14 @@ def forward(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
-    mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras, deterministic: bool,
+    mask: Mask, softmax_scale: float, needs_dbias: bool, extras: Extras, deterministic: bool, *, known: object = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed.
 
     With `deterministic`, and of packed sequences, dq is added up in a fixed order. None where rows are not aligned,
     with dropout, where packed sequences have a bias, and where its gradient is wanted beside a softcap or ALiBi.
+
+    `known` is as in `forward`, and stands for the mask and the scale and for the layouts of all tensors.
     """
     if not differentiates(extras, bias is not None, needs_dbias):
         return None
@@ -97,14 +99,15 @@ def backward(
         numbers = (mask, softmax_scale, needs_dbias, extras, deterministic, _num_sms(device))
         return plan_backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
 
+    if known is None:
+        known = (mask, softmax_scale, *map(layout, (dout, dlse, q, k, v, bias, out, lse)))
     # What is copied is copied here, so that plans do not compute.
     dout = dout if has_aligned_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     tensors = (dout, dlse, q, k, v, bias, out, lse)
     with device_of(q):
         if extras.absent:
-            key = (mask, softmax_scale, needs_dbias, deterministic, *map(layout, tensors))
-            plan = recipes.run(key, make, tensors)
+            plan = recipes.run((known, needs_dbias, deterministic), make, tensors)
         else:
             plan = make(*tensors)
             for launch in () if plan is None else plan.launches:
