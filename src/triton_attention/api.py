@@ -250,7 +250,7 @@ def run(
     if any(size == 0 for size in sizes):  # there is nothing to launch
         return reference.attention(standard, problem)
     in_form = all(map(operator.is_, standard, inputs))
-    if key is not None and chosen.bind is not None and in_form and eager.is_plain(inputs):
+    if key is not None and chosen.bind is not None and in_form:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
         _known[key] = chosen.bind(problem)

@@ -7,6 +7,7 @@ subclass or profiler wants to see the operators.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,23 +16,13 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_DEVICE = "cuda"  # where Triton backends run
+_DEVICE, _is_there = "cuda", attrgetter("is_cuda")  # where Triton backends run
 _TYPES = (Tensor, Parameter)
 _BACKEND = DispatchKeySet(DispatchKey.BackendSelect)
 _NO_MODE = (  # what PyTorch's dispatcher adds to the keys of tensors in inference mode, and outside of it
     _BACKEND.raw_repr(),
     _BACKEND.add(DispatchKey.ADInplaceOrView).raw_repr(),
 )
-
-
-def is_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the operators would do nothing with these tensors but run their kernels and record their gradients."""
-    if not _is_eager():
-        return False
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _TYPES or tensor.device.type != _DEVICE or tensor.is_neg()):
-            return False
-    return True
 
 
 def _is_eager() -> bool:
@@ -47,7 +38,8 @@ def _is_eager() -> bool:
 def key(tensors: Iterable[Tensor | None], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What is equal for plain calls on a GPU that differ in nothing but the addresses and the data of their tensors.
 
-    None for other calls. Options of equal value and different type are different.
+    None for other calls: the operators would do more with their tensors than to run kernels and record gradients.
+    Options of equal value and different type are different.
     """
     if not _is_eager():
         return None
@@ -58,7 +50,7 @@ def key(tensors: Iterable[Tensor | None], options: tuple[Any, ...]) -> tuple[Any
         for tensor in tensors:
             if tensor is None:
                 parts.append(None)
-            elif type(tensor) in _TYPES:
+            elif type(tensor) in _TYPES and _is_there(tensor) and not tensor.is_neg():
                 parts += (layout(tensor), tensor.requires_grad)
             else:
                 return None
@@ -71,4 +63,4 @@ def layout(tensor: Tensor | None) -> tuple[Any, ...]:
     """Everything about a tensor but its address, of which it has the alignment."""
     if tensor is None:
         return ()
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16, tensor.is_neg()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16

@@ -105,7 +105,7 @@ def bind(problem: Problem, backend: str) -> Callable[[Inputs], tuple[Tensor, Ten
         if not problem.needs_grad:
             return _run(call, layout)
         differentiable = (call.q, call.k, call.v, call.bias, call.sink)
-        result: tuple[Tensor, Tensor] = _Attention.apply(*differentiable, call, layout)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, Tensor] = _apply(*differentiable, call, layout)
         return result
 
     def run_plain(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -165,20 +165,26 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run_backward(dout, dlse, out, lse, needs_dbias, _Call(*arguments))
+    q = arguments[0]
+    gradients = _run_backward(dout, dlse, out, lse, needs_dbias, _Call(*arguments), None)
+    dq, dk, dv, dbias, dsink = (q.new_empty(0) if x is None else x for x in gradients)
+    return dq, dk, dv, dbias, dsink
 
 
 def _run_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, call: _Call
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, bias = call[:4]
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, call: _Call, layout: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    q, k, v, bias, *_ = call
     deterministic = call.deterministic or _must_be_deterministic()
     numbers = (call.mask, call.softmax_scale, needs_dbias, call.extras, deterministic)
-    result = _launcher(call.backend).backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
+    given = (dout, dlse, q, k, v, bias, out, lse, *numbers)
+    backward = _launcher(call.backend).backward
+    result: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None
+    result = backward(*given) if layout is None or call.backend not in _REMEMBER else backward(*given, known=layout)
     if result is None:
-        result = _launcher(_STAND_IN[call.backend]).backward(dout, dlse, q, k, v, bias, out, lse, *numbers)
-    dq, dk, dv, dbias, dsink = result
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
+        result = _launcher(_STAND_IN[call.backend]).backward(*given)
+        assert result is not None  # the stand-in runs everything
+    return result
 
 
 def _must_be_deterministic() -> bool:
@@ -201,8 +207,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)  # most calls use `out` alone: then there is no dlse to add
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Those of q, k, v, the bias and the sink."""
+def _gradients(ctx: Any, layout: object, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those of q, k, v, the bias and the sink. `layout` stands for that of the forward call, if it was a plain one."""
     saved = ctx.saved_tensors  # once: activation checkpointing computes them
     *tensors, out, lse = saved
     call = _Call(*tensors, *ctx.numbers)
@@ -210,16 +216,17 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         dout = torch.zeros_like(out)
     needs_dbias = call.bias is not None and ctx.needs_input_grad[_Call._fields.index("bias")]
     given = (dout, dlse, out, lse, needs_dbias)
+    known = None if layout is None else eager.key((dout, dlse, *saved), (layout,))  # hooks may change what was saved
     # A derivative of the derivative is asked for where gradients are recorded: the operator refuses it.
-    if eager.is_plain((dout, dlse, *saved)) and not torch.is_grad_enabled():
-        dq, dk, dv, dbias, dsink = _run_backward(*given, call)
+    if known is not None and not torch.is_grad_enabled():
+        dq, dk, dv, dbias, dsink = _run_backward(*given, call, known)
     else:
         dq, dk, dv, dbias, dsink = torch.ops.triton_attention.attention_bwd(*given, *call)
     return dq, dk, dv, dbias if needs_dbias else None, None if call.sink is None else dsink
 
 
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = _gradients(ctx, *gradients)
+    gradients = _gradients(ctx, None, *gradients)
     of = dict(zip(("q", "k", "v", "bias", "sink"), gradients, strict=True))
     return tuple(of.get(name) for name in _Call._fields)
 
@@ -233,11 +240,16 @@ class _Attention(torch.autograd.Function):
         *_, call, layout = arguments
         output = _run(call, layout)
         _save_for_backward(ctx, call, output)
+        ctx.layout = layout
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, *gradients), None, None
+        return *_gradients(ctx, ctx.layout, *gradients), None, None
+
+
+# Without what `Function.apply` asks about functorch first: no plain call comes from there.
+_apply: Any = super(torch.autograd.Function, _Attention).apply
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 They are calls on a GPU; here the CPU counts as one.
 """
 
+from operator import attrgetter
 from unittest.mock import Mock
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:tr
 def launches(monkeypatch):
     """Counts the calls that go by the operator."""
     monkeypatch.setattr(eager, "_DEVICE", "cpu")
+    monkeypatch.setattr(eager, "_is_there", attrgetter("is_cpu"))
     monkeypatch.setattr(api, "_known", {})
     spy = Mock(wraps=ops._run_forward)
     monkeypatch.setattr(ops, "_run_forward", spy)
@@ -132,6 +134,24 @@ def test_other_layouts_are_other_calls(launches):
             others[3] = inputs[3].expand(1, 2, 5, 8)
             for result, first in zip(call(*others), expected, strict=True):
                 assert torch.equal(result, first)
+
+
+def test_a_key_tells_apart_whatever_a_plan_follows_from(launches):
+    """The gradient's is asked of tensors that nobody validated: those that were saved, and the gradients of results."""
+    tensor = torch.zeros(2, 4, 6, 8)
+    others = [
+        tensor.transpose(0, 1),
+        tensor.expand(2, 4, 6, 8)[:1],
+        tensor[..., 1:],
+        tensor.double(),
+        nn.Parameter(tensor),
+    ]
+    others += [torch.zeros(tensor.numel() + 1)[1:].view(tensor.shape), torch.zeros(4, 2, 6, 8).transpose(0, 1), None]
+    keys = [eager.key((tensor, other, tensor), ("the call",)) for other in (tensor, *others)]
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    not_plain = [tensor.to("meta"), torch._neg_view(tensor), tensor.to_sparse(), tensor.as_subclass(Doubled)]
+    assert [eager.key((tensor, other), ()) for other in not_plain] == [None] * 4
 
 
 class Watch(TorchDispatchMode):
