@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,28 @@ def test_the_search_finds_what_it_looks_for(tmp_path):
         bad.write_text(text)
         with pytest.raises(AssertionError):
             test_nothing_is_evaluated_or_unpickled(bad)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+FOR_OTHERS = {"integrations/transformers.py": {"transformers"}}  # by which alone it is imported
+
+
+@pytest.mark.parametrize("path", MODULES, ids=id_of)
+def test_pytorch_and_triton_are_all_that_is_imported(path):
+    imported = {alias.name for node in names(path, ast.Import) for alias in node.names}
+    imported |= {node.module for node in names(path, ast.ImportFrom) if node.module}
+    packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+    assert packages <= {"torch", "triton", "triton_attention"} | FOR_OTHERS.get(id_of(path), set())
+
+
+def test_pytorch_and_triton_are_all_that_is_installed_in_versions_that_were_tried():
+    needed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S).group(1)
+    needed = re.findall(r"""^ *["']([\w-]+)""", needed, re.M)
+    pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert needed == ["torch", "triton"]
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+(; .+)?", line) for line in pinned)
+    assert len(set(pinned)) == len(pinned)
+    assert {*needed} <= {line.split("==")[0] for line in pinned}
 
 
 AUDITED = """
