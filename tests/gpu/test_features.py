@@ -142,6 +142,22 @@ def test_torch_compile_with_dynamic_length_compiles_once():
     assert compilations == compilations[:1] * 3
 
 
+def test_torch_compile_with_cuda_graphs():
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+
+    def loss(q, k, v, bias):
+        return attention(q * 2, k, v, bias=bias, causal=True).float().square().sum()
+
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warms up, records, replays
+        leaves = *(normal(2, 200, 4, 64) for _ in range(3)), normal(1, 4, 200, 200)
+        torch.compiler.cudagraph_mark_step_begin()
+        results = [x.clone() for x in torch.autograd.grad(compiled(*leaves), leaves)]
+        for one, two in zip(results, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+
+
 def test_inference_mode_no_grad_and_autocast():
     q = torch.randn(2, 100, 4, 64, device="cuda")
     expected = attention(q.bfloat16(), q.bfloat16(), q.bfloat16())
