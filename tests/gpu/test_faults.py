@@ -30,7 +30,11 @@ def results(tensors, backend="auto", causal=True):
 
 
 def equal(some, others):
-    return all(torch.equal(one, other.to(one.device)) for one, other in zip(some, others, strict=True))
+    """Whether two results are the same bit for bit, but for dq, which hopper adds up in no fixed order."""
+    (out, dq, *grads), (other_out, other_dq, *other_grads) = some, others
+    pairs = zip((out, *grads), (other_out, *other_grads), strict=True)
+    same = all(torch.equal(one, other.to(one.device)) for one, other in pairs)
+    return same and torch.allclose(dq, other_dq.to(dq.device), rtol=2e-2, atol=1e-4)
 
 
 class MemoryLimit:
@@ -70,10 +74,9 @@ def test_out_of_memory_in_the_backward(backend):
     with MemoryLimit(64 << 20), pytest.raises(torch.OutOfMemoryError):
         torch.autograd.grad(out, tensors, dout, retain_graph=True)
     assert equal(expected, results(leaves(), backend))
-    dq, *grads = torch.autograd.grad(out, tensors, dout)  # of the same graph
-    dq_again, *again = torch.autograd.grad(attention(*tensors, causal=True, backend=backend), tensors, dout)
-    assert equal(grads, again)
-    torch.testing.assert_close(dq, dq_again)  # hopper adds it up in no fixed order
+    grads = torch.autograd.grad(out, tensors, dout)  # of the same graph
+    again = torch.autograd.grad(attention(*tensors, causal=True, backend=backend), tensors, dout)
+    assert equal((out, *grads), (out, *again))
 
 
 @each_backend
