@@ -68,3 +68,14 @@ def tile_order(program, num_blocks, heads, REVERSED):
         block = num_blocks - 1 - block
     batch_head = program // num_blocks
     return block, batch_head % heads, batch_head // heads
+
+
+def not_below(lse):
+    """A log-sum-exp in units of log 2, and where it is so large that its rounding shows, a bound that no score exceeds.
+
+    The backward makes probabilities of exp2(score - lse). From some 1e7 on float32 does not tell what they are, but
+    they must not exceed 1, lest gradients overflow.
+    """
+    large = 16777216.0  # 2**24
+    doubt = 1.0 / 2097152.0  # 2**-21: six roundings
+    return lse * (1.0 + doubt * (lse > large) - doubt * (lse < -large))

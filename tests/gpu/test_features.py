@@ -142,6 +142,26 @@ def test_torch_compile_with_dynamic_length_compiles_once():
     assert compilations == compilations[:1] * 3
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [-1e7, -1e8, -1e9, -1e10, -1e20, -3e38])
+def test_keys_hidden_by_a_large_negative_bias(backend, dtype, hidden):
+    """Whole blocks of keys, which some rows begin with; and all keys of some queries, where everything stays finite."""
+    torch.use_deterministic_algorithms(False)
+    leaves = [torch.randn(2, 600, 2, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    sees = torch.ones(2, 1, 600, 600, device="cuda", dtype=torch.bool)
+    sees[0, :, :, 300:], sees[1, :, :, :300], sees[:, :, :7] = False, False, False
+    dout = torch.randn(2, 600, 2, 64, device="cuda", dtype=dtype)
+    dout[:, :7] = 0.0
+    results = []
+    for bias in (torch.zeros(sees.shape, device="cuda").masked_fill(~sees, hidden), sees):
+        out = attention(*leaves, bias=bias, backend=backend)
+        assert out.isfinite().all()
+        results.append((out[:, 7:], *torch.autograd.grad(out, leaves, dout)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+
+
 def test_torch_compile_with_cuda_graphs():
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()

@@ -250,7 +250,7 @@ def visit(
     scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     if MASKED:
         scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
-    rows, weights, correction = weigh(rows, scores, scale)
+    rows, weights, correction = weigh(rows, scores, scale, SPEC)
     weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     output = wait_values(output, SPEC)
     release(channels.v, step - 1)
@@ -308,7 +308,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         if n >= work.full_last or n < work.full_first:
             scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
-        rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale)
+        rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale, SPEC)
         weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         step += 1
 

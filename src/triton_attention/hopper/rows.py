@@ -11,6 +11,7 @@ from triton_attention import blocks
 from triton_attention.kernel import jit_plain
 
 first_tile = jit_plain(blocks.first_tile)
+not_below = jit_plain(blocks.not_below)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
@@ -114,7 +115,7 @@ def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl
     target = rows + matrix * 2 * num_blocks * BLOCK_M + numbers
     if SPEC.VARLEN:
         target += (tile - block) * BLOCK_M  # the numbers of the sequences before
-    tl.store(target, tl.where(empty, INFINITY, lse_rows * LOG2_E))
+    tl.store(target, tl.where(empty, INFINITY, not_below(lse_rows * LOG2_E)))
     tl.store(target + num_blocks * BLOCK_M, negative_delta)
     if dq_sums is not None:
         SUMS: tl.constexpr = BLOCK_M * SPEC.BLOCK_D

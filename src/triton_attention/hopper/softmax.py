@@ -17,6 +17,7 @@ from triton_attention.hopper.layouts import WARPGROUP_ROWS, columns_layout, rows
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 INFINITY = gl.constexpr(float("inf"))
+ROUNDING = gl.constexpr(2.0**-22)
 TANH_IS_ONE = gl.constexpr(6.0)  # from there on, for our precision
 PROPAGATE_NAN = gl.constexpr(PropagateNan.ALL)
 
@@ -152,12 +153,17 @@ def mask_scores(scores, start_m, start_n, limits, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def weigh(rows, scores, scale):
+def weigh(rows, scores, scale, SPEC: gl.constexpr):
     """(rows, weights, correction) with a block of scores taken in, which times `scale` > 0 are in units of log 2.
 
     A row that has seen no visible key keeps maximum = -inf and is shifted by 0, so that -inf - -inf never appears.
+    A bias may hide keys by a large negative number. So that no weight is above 1 by the rounding of the maximum, which
+    the product below does not have, that of such a row is a little more than its scores.
     """
-    maximum = gl.maximum(rows.maximum, gl.max(scores, 1) * scale)
+    largest = gl.max(scores, 1) * scale
+    if SPEC.BIAS == "added":
+        largest = gl.maximum(largest * (1.0 - ROUNDING), largest * (1.0 + ROUNDING))
+    maximum = gl.maximum(rows.maximum, largest)
     shift = gl.where(maximum == -INFINITY, 0.0, maximum)
     weights = gl.exp2(scores * scale - shift[:, None])
     correction = gl.exp2(rows.maximum - shift)

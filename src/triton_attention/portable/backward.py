@@ -18,7 +18,7 @@ from triton_attention.portable.bias import load_bias, store_dbias, store_dbias_s
 from triton_attention.portable.dropout import kept_tile
 from triton_attention.portable.heads import query_head
 from triton_attention.portable.schedule import Entry, call_of, own_block, sequence
-from triton_attention.portable.softmax import INFINITY, LOG2_E, score_tile
+from triton_attention.portable.softmax import INFINITY, LOG2_E, not_below, score_tile
 from triton_attention.portable.tiles import (
     key_range,
     load_rows,
@@ -169,7 +169,7 @@ def attention_bwd_rows(out, dout, lse, dlse, extras, lse_log2, delta, call, SPEC
     lse_rows = load_rows(lse, origin, start, seqlen, -INFINITY, TILE.BLOCK_M) * LOG2_E
     padded = padded_rows(head, start, call, SPEC, TILE.BLOCK_M)
     tl.store(delta + padded, delta_rows)
-    tl.store(lse_log2 + padded, tl.where(lse_rows == -INFINITY, INFINITY, lse_rows))
+    tl.store(lse_log2 + padded, tl.where(lse_rows == -INFINITY, INFINITY, not_below(lse_rows)))
 
 
 class KeyGradients(NamedTuple):

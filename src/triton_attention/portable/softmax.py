@@ -18,6 +18,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 
 allowed = jit_plain(blocks.allowed)
+not_below = jit_plain(blocks.not_below)
 
 
 @triton.jit
