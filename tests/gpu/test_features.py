@@ -148,10 +148,10 @@ def test_torch_compile_with_dynamic_length_compiles_once():
 def test_keys_hidden_by_a_large_negative_bias(backend, dtype, hidden):
     """Whole blocks of keys, which some rows begin with; and all keys of some queries, where everything stays finite."""
     torch.use_deterministic_algorithms(False)
-    leaves = [torch.randn(2, 600, 2, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
-    sees = torch.ones(2, 1, 600, 600, device="cuda", dtype=torch.bool)
-    sees[0, :, :, 300:], sees[1, :, :, :300], sees[:, :, :7] = False, False, False
-    dout = torch.randn(2, 600, 2, 64, device="cuda", dtype=dtype)
+    leaves = [torch.randn(2, 608, 2, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    sees = torch.ones(2, 1, 608, 608, device="cuda", dtype=torch.bool)
+    sees[0, :, :, 304:], sees[1, :, :, :304], sees[:, :, :7] = False, False, False
+    dout = torch.randn(2, 608, 2, 64, device="cuda", dtype=dtype)
     dout[:, :7] = 0.0
     results = []
     for bias in (torch.zeros(sees.shape, device="cuda").masked_fill(~sees, hidden), sees):
