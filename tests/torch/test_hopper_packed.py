@@ -1,21 +1,14 @@
-"""Do the programs of the Hopper backward own every row of packed sequences once, and read what belongs to it?
+"""Do the programs of the Hopper backward own every row of packed sequences once, and read what belongs to it?"""
 
-Gluon has no interpreter: here its functions of numbers run as Python, with a stand-in for its language.
-"""
-
-import builtins
 import math
 from functools import lru_cache
 from itertools import accumulate, pairwise, product
-from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
-from triton.experimental.gluon import language as gl
-from triton.runtime.jit import JITFunction
+from gluon_as_python import Pointer, as_python, language
 
 from triton_attention import attention_varlen, kernel
-from triton_attention.arguments import ceil_div
 from triton_attention.hopper import backward, backward_call, backward_queries, heads, schedule
 from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.plan_backward import plan_backward
@@ -28,65 +21,6 @@ LENGTHS = (
     ((64, 64), (128, 63), (192, 193)),
     ((5, 400),),
 )
-
-
-class Pointer:
-    """Some places of a tensor in memory."""
-
-    def __init__(self, tensor, places=0):
-        self.tensor, self.places = tensor, places
-
-    def __add__(self, offsets):
-        return Pointer(self.tensor, self.places + offsets)
-
-
-def load(pointer, mask=None, other=None):
-    if mask is None:
-        return int(pointer.tensor[pointer.places])
-    return torch.where(mask, pointer.tensor[pointer.places.clamp(max=len(pointer.tensor) - 1)], other)
-
-
-def smaller(a, b):
-    return min(a, b) if isinstance(a, int) else a.clamp(max=b)
-
-
-def larger(a, b):
-    return max(a, b) if isinstance(a, int) else a.clamp(min=b)
-
-
-def language(program):
-    """What stands for Gluon's language in the program of this number, the one item of a list."""
-    return SimpleNamespace(
-        program_id=lambda axis: program[0],
-        num_warps=lambda: 4,
-        load=load,
-        minimum=smaller,
-        maximum=larger,
-        where=lambda condition, a, b: a if condition else b,
-        cdiv=ceil_div,
-        arange=lambda start, end, layout: torch.arange(start, end),
-        sum=lambda values, axis: int(values.sum()),
-        BlockedLayout=lambda *fields: None,
-        int32=torch.int32,
-        int64=torch.int64,
-    )
-
-
-def as_python(function, stand_in):
-    """A function of Gluon as one of Python."""
-
-    def converted(value):
-        if isinstance(value, JITFunction):
-            return as_python(value, stand_in)
-        return value.value if isinstance(value, gl.constexpr) else value
-
-    function = function.fn
-    known = {
-        name: converted(value) for name, value in function.__globals__.items() if name in function.__code__.co_names
-    }
-    return FunctionType(
-        function.__code__, {"__builtins__": builtins, **known, "gl": stand_in}, function.__name__, function.__defaults__
-    )
 
 
 def boundaries(lengths):
