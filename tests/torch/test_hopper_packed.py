@@ -9,7 +9,7 @@ import torch
 from gluon_as_python import Pointer, as_python, language
 
 from triton_attention import attention_varlen, kernel
-from triton_attention.hopper import backward, backward_call, backward_queries, heads, schedule
+from triton_attention.hopper import backward, backward_call, backward_queries, backward_walk, heads, schedule
 from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.problem import Extras, Mask, Packing
@@ -49,7 +49,7 @@ class Call:
         program = [0]
         stand_in = language(program)
         own = as_python(backward_call.call_of_own_block, stand_in)
-        block_of = as_python(module.block_of if along_keys else module.block_of_program, stand_in)
+        block_of = as_python(backward_walk.block_of if along_keys else module.block_of_program, stand_in)
         load_slope = as_python(heads.load_slope, stand_in)
         call = launch.arguments[-1].value
         packing = call.packing._replace(cu_seqlens_q=Pointer(self.starts[0]), cu_seqlens_k=Pointer(self.starts[1]))

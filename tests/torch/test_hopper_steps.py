@@ -4,7 +4,7 @@ import pytest
 import torch
 from gluon_as_python import as_python, language
 
-from triton_attention.hopper import backward
+from triton_attention.hopper import backward_walk
 from triton_attention.hopper.configs import BackwardSpec, takes_blocks_in_turn
 from triton_attention.hopper.plan_backward import _splits, plan_backward
 from triton_attention.problem import NO_EXTRAS, Mask
@@ -29,7 +29,7 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
     program = [0]
     stand_in = language(program, launch.programs)
     names = ("num_blocks", "block_of", "first_step", "following")
-    num_blocks, block_of, first_step, following = (as_python(getattr(backward, name), stand_in) for name in names)
+    num_blocks, block_of, first_step, following = (as_python(getattr(backward_walk, name), stand_in) for name in names)
     blocks = num_blocks(call, spec, tile)
     for program[0] in range(launch.programs):
         to_send = first_step(call, spec, tile)
@@ -49,7 +49,7 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
 def test_a_block_that_no_query_sees_has_one_step_all_masked():
     launch = keys_launch(Mask(None, 0, top_left=True), 64, 2000)
     stand_in = language([0], SMS)
-    block = as_python(backward.block_of, stand_in)(8, launch.arguments[-1].value, launch.spec, launch.tile)
+    block = as_python(backward_walk.block_of, stand_in)(8, launch.arguments[-1].value, launch.spec, launch.tile)
     assert block.start_n >= 64
     assert (block.first, block.last) == (0, 1)
     assert not block.full_first <= 0 < block.full_last

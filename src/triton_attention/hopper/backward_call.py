@@ -20,7 +20,7 @@ class BackwardCall(NamedTuple):
     heads_q: object
     group: object  # query heads per key head
     batch: object
-    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `backward.block_of`
+    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `backward_walk.block_of`
     lower: object
     upper: object
     softmax_scale: object

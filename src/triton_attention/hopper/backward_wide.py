@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention.hopper.backward import (
     Gradients,
     Inputs,
-    block_of,
     load_key_bias,
     load_numbers,
     mask_weights,
@@ -31,6 +30,7 @@ from triton_attention.hopper.backward import (
     weigh,
 )
 from triton_attention.hopper.backward_call import call_of_own_block
+from triton_attention.hopper.backward_walk import block_of
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
