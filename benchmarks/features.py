@@ -65,11 +65,8 @@ class Call(NamedTuple):
 def calls(shape: Shape, device: torch.device) -> Iterator[Call]:
     """The plain call first: the others are measured against it."""
 
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, device=device, dtype=torch.bfloat16).requires_grad_()
-
     b, s, h, d, causal = shape
-    leaves = tuple(normal(b, s, h, d) for _ in range(3))
+    leaves = tuple(_leaf(device, b, s, h, d) for _ in range(3))
     slopes = torch.tensor([2.0 ** (-8.0 * (i + 1) / h) for i in range(h)], device=device)
     sink = torch.randn(h, device=device).requires_grad_()
     each = 4.0 * b * h * d
@@ -86,7 +83,7 @@ def calls(shape: Shape, device: torch.device) -> Iterator[Call]:
         flops = each * shape.pairs(_WINDOW if name == "window" else None)
         wanted = (*leaves, sink) if name == "sink" else leaves
         yield Call(name, "ours", partial(attention, *leaves, causal=causal, **options), wanted, flops)
-    yield _packed("packed, equal", [s] * b, shape, normal)
+    yield _packed("packed, equal", [s] * b, shape, device)
     if device.type != "cuda":
         return
     heads_first = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves)
@@ -104,21 +101,22 @@ def calls(shape: Shape, device: torch.device) -> Iterator[Call]:
 def mixed_lengths(shape: Shape, device: torch.device) -> Iterator[Call]:
     """Packed sequences of other lengths than the plain call's: from 64 to 8192, and a long one among short ones."""
 
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, device=device, dtype=torch.bfloat16).requires_grad_()
-
     chance = random.Random(0)
     largest = 8192 if device.type == "cuda" else 128
     lengths = [round(64 * (largest / 64) ** chance.random()) for _ in range(64)]
-    yield _packed("packed, 64 to 8192", lengths, shape, normal)
+    yield _packed("packed, 64 to 8192", lengths, shape, device)
     lengths = [2 * largest, *range(1, 64)]
     chance.shuffle(lengths)
-    yield _packed("packed, 16384 and 63 short", lengths, shape, normal)
+    yield _packed("packed, 16384 and 63 short", lengths, shape, device)
 
 
-def _packed(name: str, lengths: list[int], shape: Shape, normal: Callable[..., Tensor]) -> Call:
-    leaves = tuple(normal(sum(lengths), shape.heads, shape.head_dim) for _ in range(3))
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=leaves[0].device)
+def _leaf(device: torch.device, *sizes: int) -> Tensor:
+    return torch.randn(sizes, device=device, dtype=torch.bfloat16).requires_grad_()
+
+
+def _packed(name: str, lengths: list[int], shape: Shape, device: torch.device) -> Call:
+    leaves = tuple(_leaf(device, sum(lengths), shape.heads, shape.head_dim) for _ in range(3))
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     sizes: dict[str, Any] = {
         "cu_seqlens_q": starts,
         "cu_seqlens_k": starts,

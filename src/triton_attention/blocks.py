@@ -52,7 +52,8 @@ def visible_range(start, seqlen, seqlen_other, lower, upper, HAS_LOWER, HAS_UPPE
 def first_tile(start, sequence, BLOCK):
     """The number of the first tile of a packed sequence that begins at row `start`.
 
-    So each sequence has one tile or more, enough for its length, and none needs a sum over those before it.
+    So each sequence has one tile or more, enough for its length, and none needs a sum over those before it. The last
+    tile there can be is that of sequence number `batch`, the rows that none has, if they begin behind the last row.
     """
     return start // BLOCK + sequence
 

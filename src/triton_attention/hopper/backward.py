@@ -52,7 +52,7 @@ from triton_attention.hopper.layouts import (
 )
 from triton_attention.hopper.narrow import multiply_narrow, narrow
 from triton_attention.hopper.rows import PANEL
-from triton_attention.hopper.schedule import place_of_keys, place_of_queries
+from triton_attention.hopper.schedule import first_tile, place_of_keys, place_of_queries
 from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, allowed, cap_scores, distances, opaque_zero
 
 
@@ -93,7 +93,7 @@ class Channels(NamedTuple):
 def rows_origin(batch, head, call, SPEC: gl.constexpr):
     """(where the two numbers of each of a head's queries begin, how many rows there are with the padding)."""
     if SPEC.VARLEN:
-        padded = (call.packing.total_q // WARPGROUP_ROWS + call.batch + 1) * WARPGROUP_ROWS
+        padded = (first_tile(call.packing.total_q, call.batch, WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
         origin = head.to(gl.int64) * 2 * padded + call.own.numbers
     else:
         padded = gl.cdiv(call.seqlen_q, WARPGROUP_ROWS) * WARPGROUP_ROWS

@@ -54,7 +54,7 @@ def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC:
     else:
         cu_seqlens, total = packing.cu_seqlens_q, packing.total_q
         heads, section = call.heads_q, call.section * call.group
-    num_blocks = total // BLOCK + call.batch + 1
+    num_blocks = first_tile(total, call.batch, BLOCK) + 1
     tile, head = place_in_section(gl.program_id(0), num_blocks, heads, section)
     if SPEC.HAS_UPPER and not ALONG_KEYS:
         tile = num_blocks - 1 - tile

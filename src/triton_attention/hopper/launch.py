@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_attention import recipes
 from triton_attention.arguments import ABSENT, Argument, ceil_div, device_of, flat, has_aligned_rows
+from triton_attention.blocks import first_tile
 from triton_attention.eager import layout
 from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.configs import Spec, tile_for
@@ -181,7 +182,7 @@ def plan_forward(
     tile = tile_for(spec, 0 if bias is None else bias.element_size(), seqlen_k)
     group = heads // heads_kv
     block_m = tile.CONSUMERS * _ROWS
-    num_blocks = out.shape[1] // block_m + batch + 1 if packed else ceil_div(seqlen_q, block_m) * batch
+    num_blocks = first_tile(out.shape[1], batch, block_m) + 1 if packed else ceil_div(seqlen_q, block_m) * batch
     num_tiles = num_blocks * heads
     scale = softmax_scale
     if spec.RAW_SCORES:

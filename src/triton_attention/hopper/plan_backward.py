@@ -22,6 +22,7 @@ from triton_attention.arguments import (
     pointer_type,
     with_unit_last_stride,
 )
+from triton_attention.blocks import first_tile
 from triton_attention.hopper.backward import attention_bwd
 from triton_attention.hopper.backward_call import BackwardCall
 from triton_attention.hopper.backward_queries import attention_bwd_queries
@@ -124,7 +125,7 @@ def plan_backward(
     packing, packed = extras.packing, extras.packing is not None
     if packing is not None:
         bounds = relative_bounds(mask, seqlen_q, seqlen_k)
-        blocks_m = seqlen_q // _ROWS + packing.batch + 1
+        blocks_m = first_tile(seqlen_q, packing.batch, _ROWS) + 1
         batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
@@ -239,7 +240,7 @@ class _Tensors(NamedTuple):
         """How many blocks of rows the batch entries of a head have; packed sequences: at most."""
         batch, rows = tensor.shape[:2]
         call: Any = self.call.value
-        return ceil_div(rows, block) * batch if call.packing is None else rows // block + call.batch + 1
+        return ceil_div(rows, block) * batch if call.packing is None else first_tile(rows, call.batch, block) + 1
 
     def _dbias_argument(self, spec: BackwardSpec, block_n: int) -> Argument:
         if self.dbias is None or spec.DBIAS == "none":

@@ -86,7 +86,7 @@ def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     if SPEC.VARLEN:
-        num_blocks = call.packing.total_q // BLOCK_M + call.batch + 1
+        num_blocks = first_tile(call.packing.total_q, call.batch, BLOCK_M) + 1
         tile, head, _one = place(num_blocks, call)
         batch, seqlen_q, block = queries_of(tile, call, BLOCK_M)
     else:

@@ -77,7 +77,7 @@ def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Blocks of queries of a matrix, a head of a batch entry; of packed sequences, which are one entry: at most."""
     BLOCK_M: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     if SPEC.VARLEN:
-        blocks = call.packing.total_q // BLOCK_M + call.batch + 1
+        blocks = first_tile(call.packing.total_q, call.batch, BLOCK_M) + 1
     else:
         blocks = gl.cdiv(call.seqlen_q, BLOCK_M)
     return blocks

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton_attention.portable.bias import load_bias, store_dbias, store_dbias_sums
 from triton_attention.portable.dropout import kept_tile
 from triton_attention.portable.heads import query_head
-from triton_attention.portable.schedule import Entry, call_of, own_block, sequence
+from triton_attention.portable.schedule import Entry, call_of, first_tile, own_block, sequence
 from triton_attention.portable.softmax import INFINITY, LOG2_E, not_below, score_tile
 from triton_attention.portable.tiles import (
     key_range,
@@ -71,7 +71,7 @@ def padded_rows(head, start, call, SPEC: tl.constexpr, BLOCK_M: tl.constexpr):
     """
     if SPEC.VARLEN:
         packing = call.packing
-        padded = (packing.total_q // ROW_PADDING + packing.batch + 1) * ROW_PADDING
+        padded = (first_tile(packing.total_q, packing.batch, ROW_PADDING) + 1) * ROW_PADDING
         begin = (head.rows_q // ROW_PADDING + head.batch) * ROW_PADDING
         origin = tl.cast(head.index, tl.int64) * padded + begin + start
     else:

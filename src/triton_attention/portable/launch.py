@@ -28,6 +28,7 @@ from triton_attention.arguments import (
     pointer_type,
     with_unit_last_stride,
 )
+from triton_attention.blocks import first_tile
 from triton_attention.kernel import ForwardPlan, Launch, run
 from triton_attention.philox import drop_below
 from triton_attention.portable import backward as bwd
@@ -221,7 +222,7 @@ class _Planner:
 
     def num_blocks(self, rows: int, block: int) -> int:
         """How many blocks of queries or keys all batch entries have; of packed sequences: at most."""
-        return ceil_div(rows, block) * self.batch if self.packing is None else rows // block + self.batch + 1
+        return ceil_div(rows, block) * self.batch if self.packing is None else first_tile(rows, self.batch, block) + 1
 
     def strided(self, tensor: Tensor) -> Argument:
         """A (batch, seqlen, heads, dim) tensor; of a packed one the batch is counted in rows."""

@@ -101,7 +101,7 @@ def own_block(
         packing = call.packing
         total = packing.total_k if ALONG_KEYS else packing.total_q
         cu_seqlens = extras.cu_seqlens_k if ALONG_KEYS else extras.cu_seqlens_q
-        num_blocks = total // BLOCK + packing.batch + 1
+        num_blocks = first_tile(total, packing.batch, BLOCK) + 1
         tile, head, _one = tile_order(tl.program_id(0), num_blocks, heads, REVERSED)
         batch, block = sequence_of(tile, cu_seqlens, packing.batch, total, BLOCK)
         start = block * BLOCK
