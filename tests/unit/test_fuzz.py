@@ -12,8 +12,8 @@ import torch
 from triton_attention import dispatch, reference
 from triton_attention.dispatch import Backend
 from triton_attention.testing import fuzz
-from triton_attention.testing.guards import GUARD_BYTES, GuardedMemory
-from triton_attention.testing.trials import TRIALS_OF_A_KIND, draw, make
+from triton_attention.testing.guards import GUARD_BYTES, POISON, GuardedMemory
+from triton_attention.testing.trials import BOUNDARIES, TRIALS_OF_A_KIND, Lengths, draw, make
 
 SMALL = ["--device", "cpu", "--largest-scores", "5000", "--each", "2"]
 TRIALS = [draw(kind * TRIALS_OF_A_KIND + index, 5000) for kind in range(300) for index in range(2)]
@@ -148,6 +148,11 @@ def test_a_seed_is_one_problem():
     assert all(map(torch.equal, one.buffers, two.buffers))
 
 
+def all_shorter(trial):
+    """Whether max_seqlen_q is more than the longest length."""
+    return all(seqlen_q < trial.sizes.seqlen_q for seqlen_q, _ in Lengths.of(trial).of_each)
+
+
 @pytest.mark.parametrize(
     "is_there",
     {
@@ -176,6 +181,13 @@ def test_a_seed_is_one_problem():
         "dropout": lambda trial: trial.dropout_p,
         "alibi": lambda trial: trial.alibi,
         "sink": lambda trial: trial.sink,
+        "packed": lambda trial: trial.packed,
+        "packed, empty": lambda trial: trial.packed and any(0 in pair for pair in Lengths.of(trial).of_each),
+        "packed, one row": lambda trial: trial.packed and any(1 in pair for pair in Lengths.of(trial).of_each),
+        "packed, all shorter": lambda trial: trial.packed and all_shorter(trial),
+        "packed, rows that none has": lambda trial: trial.packed and any(Lengths.of(trial).unused),
+        "packed, bias": lambda trial: trial.packed and trial.bias_needs_grad,
+        "packed, dropout": lambda trial: trial.packed and trial.dropout_p,
     }.items(),
     ids=lambda item: item[0],
 )
@@ -188,7 +200,11 @@ def test_inputs_lie_where_the_layout_says():
     for trial in TRIALS[:100]:
         inputs, problem, buffers = make(trial, "cpu")
         tensors = [tensor for tensor in inputs[:4] if tensor is not None]
-        for tensor, buffer, layout in zip(tensors, buffers, trial.layouts, strict=False):
+        layouts = list(trial.layouts[: len(tensors)])
+        if trial.packed:  # boundaries follow v, and q, k and v have no axis batch
+            tensors[:3] = *(tensor[None] for tensor in tensors[:3]), *(x[None, None, None] for x in inputs[6:])
+            layouts[3:3] = [BOUNDARIES] * 2
+        for tensor, buffer, layout in zip(tensors, buffers, layouts, strict=True):
             assert tensor.untyped_storage().data_ptr() == buffer.data_ptr()
             start = tensor.storage_offset() * tensor.element_size()
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -196,8 +212,7 @@ def test_inputs_lie_where_the_layout_says():
             assert start >= GUARD_BYTES
             assert buffer.numel() - end >= GUARD_BYTES
             assert all(tensor.stride(axis) == 0 or tensor.shape[axis] == 1 for axis in layout.expanded)
-            if tensor.dtype != torch.bool:
-                assert buffer[end:].view(tensor.dtype).isnan().all()
+            assert (buffer[end:] == POISON).all()
         even = not any(layout.residue or layout.start % layout.multiple for layout in trial.layouts)
         if even and all(layout.order[3] == 3 for layout in trial.layouts):
             assert problem.aligned
@@ -215,6 +230,7 @@ def test_variants_do_not_depend_on_sizes():
                 trial.bias,
                 trial.bias_dtype,
                 trial.bias_needs_grad,
+                trial.packed,
                 trial.mask.left is None,
                 trial.mask.right is None,
                 *((layout.residue == 0, layout.start % layout.multiple == 0) for layout in trial.layouts),

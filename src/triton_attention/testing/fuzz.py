@@ -51,6 +51,8 @@ class Target(NamedTuple):
             softcap=problem.softcap,
             dropout_p=problem.dropout_p,
             deterministic=problem.deterministic,
+            max_seqlen_q=problem.seqlen_q if problem.varlen else None,
+            max_seqlen_k=problem.seqlen_k if problem.varlen else None,
             backend=self.backend,
         )
 

@@ -13,14 +13,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from triton_attention.philox import draw_seed, dropout_mask
+from triton_attention import reference
 from triton_attention.problem import Inputs, Problem
+from triton_attention.testing.dropout import next_dropout_mask
 
 
-def rounded_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
+def rounded_attention(inputs: Inputs, problem: Problem, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, as `reference.attention`; differentiable once."""
-    b, h, seqlen_q, seqlen_k = problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k
-    group = h // problem.heads_kv
+    if problem.varlen:
+        return reference.each_sequence(inputs, problem, rounded_attention)
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    group = problem.heads_q // problem.heads_kv
     q, k, v = (tensor.float().transpose(1, 2) for tensor in inputs[:3])  # (b, heads, s, d)
     k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
     scores = _rounding_gradient(q @ k.mT, problem.dtype) * problem.softmax_scale
@@ -43,7 +46,7 @@ def rounded_attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]
     scores = scores.masked_fill(hidden, -math.inf)
     kept = torch.ones((), device=q.device)
     if problem.dropout_p > 0:
-        mask = dropout_mask(draw_seed(problem.device), problem.dropout_p, b, h, seqlen_q, seqlen_k)
+        mask = next_dropout_mask(inputs.q, inputs.k, problem.dropout_p, first_batch)
         kept = mask / (1 - problem.dropout_p)
     sink = scores.new_full((1,), -math.inf) if inputs.sink is None else inputs.sink.float()
     return cast("tuple[Tensor, Tensor]", _Softmax.apply(scores, v, sink, kept, problem.dtype))  # type: ignore[no-untyped-call]
@@ -57,7 +60,9 @@ class _Softmax(torch.autograd.Function):
         ctx: Any, scores: Tensor, v: Tensor, sink: Tensor, kept: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         sink = sink[:, None]  # (1 | h, 1)
-        shift = torch.maximum(scores.amax(dim=-1), sink)  # (b, h, sq)
+        shift = sink.expand(scores.shape[:-1])  # (b, h, sq)
+        if scores.shape[-1] > 0:
+            shift = torch.maximum(scores.amax(dim=-1), shift)
         shift = shift.masked_fill(shift == -math.inf, 0.0)
         weights = torch.exp(scores - shift[..., None])
         total = weights.sum(dim=-1) + torch.exp(sink - shift)

@@ -86,18 +86,16 @@ def check_against_float64(
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(wanted, gradients, strict=True))}
 
     exact_inputs = _copies(inputs, torch.float64)
-    wants_dscores = extreme and not problem.varlen
-    if exact_inputs.bias is not None or wants_dscores:  # its gradient is that of every score, to be summed below
+    if exact_inputs.bias is not None or extreme:  # its gradient is that of every score, to be summed below
         bias = _whole_bias(exact_inputs.bias, problem)
         exact_inputs = exact_inputs._replace(bias=bias)
-        if bias.dtype != torch.bool:
-            bias.requires_grad_(wants_dscores or (inputs.bias is not None and inputs.bias.requires_grad))
+        bias.requires_grad_(extreme or (inputs.bias is not None and inputs.bias.requires_grad))
     ours = results(attention, inputs)
     functions: list[Attention] = [same_dtype_attention, rounded_attention] if extreme else [same_dtype_attention]
     plain = [results(function, _copies(inputs)) for function in functions]
     of_float32 = _sizes_in_float32(inputs, problem, dout, dlse) if extreme else {}
     exact = results(reference.attention, exact_inputs)
-    of_dscores = _roundings_of_dscores(inputs, problem, exact["dbias"]) if wants_dscores else {}
+    of_dscores = _roundings_of_dscores(inputs, problem, exact["dbias"]) if extreme else {}
     if inputs.bias is None or not inputs.bias.requires_grad:
         exact.pop("dbias", None)
 
@@ -168,7 +166,8 @@ def _sizes_in_float32(inputs: Inputs, problem: Problem, dout: Tensor, dlse: Tens
     A score has the size |q| |k|, its error scales a probability, and dscores = probability (dout v - dout out + dlse).
     Errors of different queries do not know each other.
     """
-    q, k, v, bias, slopes = inputs[:5]
+    q, k, v = (tensor.nan_to_num() for tensor in inputs[:3])  # packed ones may have rows of NaN that no sequence has
+    bias, slopes = inputs.bias, inputs.alibi_slopes
     rows = problem.heads_q // problem.heads_kv * problem.seqlen_q
     scale = abs(problem.softmax_scale)
     score = 1 + scale * _longest(q) * _longest(k)
@@ -190,11 +189,11 @@ def _sizes_in_float32(inputs: Inputs, problem: Problem, dout: Tensor, dlse: Tens
 
 
 def _whole_bias(bias: Tensor | None, problem: Problem) -> Tensor:
-    """A bias in its full shape, as numbers unless the problem is packed; zeros in the place of none."""
+    """A bias in its full shape, as numbers; zeros in the place of none."""
     full = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
     if bias is None:
         return torch.zeros(full, dtype=torch.float64, device=problem.device)
-    if bias.dtype == torch.bool and not problem.varlen:
+    if bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=torch.float64).masked_fill(~bias, -math.inf)
     return bias.detach().expand(full).contiguous()
 
@@ -206,12 +205,23 @@ def _roundings_of_dscores(inputs: Inputs, problem: Problem, dscores: Tensor) -> 
     equal ones do: four times that of the root of the sum of squares.
     """
     group = problem.heads_q // problem.heads_kv
-    q, k = (tensor.detach().double().square() for tensor in inputs[:2])
+    q, k = inputs[:2]
+    if problem.varlen:
+        q = _padded(q, inputs.cu_seqlens_q, problem.seqlen_q)
+        k = _padded(k, inputs.cu_seqlens_k, problem.seqlen_k)
+    q, k = (tensor.detach().double().square() for tensor in (q, k))
     squares = dscores.square()
     dq = torch.einsum("bhqk,bkhd->bqhd", squares, k.repeat_interleave(group, dim=2))
     dk = torch.einsum("bhqk,bqhd->bkhd", squares, q).unflatten(2, (problem.heads_kv, group)).sum(dim=3)
     unit = 2 * torch.finfo(inputs.q.dtype).eps * abs(problem.softmax_scale)
     return {"dq": unit * math.sqrt(_largest(dq)), "dk": unit * math.sqrt(_largest(dk))}
+
+
+def _padded(packed: Tensor, cu_seqlens: Tensor | None, longest: int) -> Tensor:
+    """(total, heads, dim) as (batch, longest, heads, dim), with finite numbers of others behind a sequence."""
+    assert cu_seqlens is not None  # for the type checker
+    rows = cu_seqlens[:-1, None] + torch.arange(longest, device=packed.device)
+    return packed[rows.clamp(max=packed.shape[0] - 1)].nan_to_num()
 
 
 def _longest(tensor: Tensor) -> float:

@@ -1,14 +1,15 @@
 """Which random problem does a number stand for?
 
 A seed is a kind and an index: `kind * TRIALS_OF_A_KIND + index`. The kind decides on what kernels are compiled for
-(dtype, head dims, mask, bias, alignment), the index on the rest (sizes, strides, magnitudes), so that the problems of
-one kind share a few compiled variants.
+(dtype, head dims, mask, bias, alignment, packed sequences), the index on the rest (sizes, strides, magnitudes), so that
+the problems of one kind share a few compiled variants.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
@@ -44,13 +45,16 @@ class Layout(NamedTuple):
         return columns + (self.residue - columns) % self.multiple + self.extra * self.multiple
 
 
+BOUNDARIES = Layout((0, 1, 2, 3), multiple=4, residue=0, extra=0, start=0, expanded=())
+
+
 class Sizes(NamedTuple):
     """What can be made smaller without making it a problem of another kind."""
 
     batch: int
     heads_kv: int
     group: int  # query heads that share a key head
-    seqlen_q: int
+    seqlen_q: int  # of packed sequences: no one is longer
     seqlen_k: int
 
     @property
@@ -78,6 +82,7 @@ class Trial(NamedTuple):
     hidden: float  # share of the bias that is -inf or False
     magnitudes: tuple[float, float, float, float]  # of q, k, v, bias
     layouts: tuple[Layout, Layout, Layout, Layout]
+    packed: bool  # sequences of different lengths, in rows one after the other
 
     @property
     def loss_scale(self) -> float:
@@ -113,9 +118,10 @@ def draw(seed: int, largest_scores: int = LARGEST_SCORES) -> Trial:
     sign = kind.choice([1, 1, 1, 1, 1, 1, 1, 1, -1, 0])  # of the scale
     softcap, dropout, sink = (kind.random() < share for share in (0.1, 0.1, 0.1))
     alibi = kind.choice(["h", "bh"]) if kind.random() < 0.1 else ""
+    packed = kind.random() < 0.2
 
     # what is not
-    sizes = _draw_sizes(draw, largest_scores)
+    sizes = _draw_sizes(draw, largest_scores, (1, 2, 5, 20) if packed else (1, 1, 2, 3))
     batch, heads_kv, _, seqlen_q, seqlen_k = sizes
     sides = [draw.choice([0, 1, draw.randrange(20), draw.randrange(seqlen_q + seqlen_k), 2**40]) for _ in range(2)]
     causal = right and (not left or draw.random() < 0.5)
@@ -152,12 +158,13 @@ def draw(seed: int, largest_scores: int = LARGEST_SCORES) -> Trial:
         hidden=draw.choice([0.0, 0.1, 0.6, 0.97]),
         magnitudes=(q, k, v, added),
         layouts=(layouts[0], layouts[1], layouts[2], layouts[3]),
+        packed=packed,
     )  # fmt: skip
 
 
-def _draw_sizes(draw: Random, largest_scores: int) -> Sizes:
+def _draw_sizes(draw: Random, largest_scores: int, batches: Sequence[int]) -> Sizes:
     while True:
-        batch, heads_kv, group = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 4])
+        batch, heads_kv, group = draw.choice(batches), draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 4])
         if draw.random() < 0.05:  # more tiles than a GPU runs at once
             batch = draw.choice([40, 131])
         lengths = [
@@ -180,6 +187,29 @@ def _draw_sizes(draw: Random, largest_scores: int) -> Sizes:
         few_rows = matrices * max(lengths) <= largest_scores // 16 + 300  # those of one key have no fewer numbers
         if few_rows and matrices * lengths[0] * lengths[1] <= largest_scores:
             return Sizes(batch, heads_kv, group, lengths[0], lengths[1])
+
+
+class Lengths(NamedTuple):
+    """Of packed sequences: (seqlen_q, seqlen_k) of each, and how many rows of q and k follow that none of them has."""
+
+    of_each: list[tuple[int, int]]
+    unused: tuple[int, int]
+
+    @classmethod
+    def of(cls, trial: Trial) -> Lengths:
+        """They shrink with the trial's sizes."""
+        draw = Random(f"lengths {trial.seed}")
+        equal = draw.random() < 0.5
+
+        def length(longest: int) -> int:
+            return draw.choice([0, 1, longest, *(int(draw.random() * (longest + 1)) for _ in range(3))])
+
+        pairs = [(length(trial.sizes.seqlen_q), length(trial.sizes.seqlen_k)) for _ in range(trial.sizes.batch)]
+        if equal:
+            pairs = [(q, min(q, trial.sizes.seqlen_k)) for q, _ in pairs]
+        totals = map(sum, zip(*pairs, strict=True))
+        unused_q, unused_k = (max(draw.choice([0, 0, 1, 40]), int(total == 0)) for total in totals)
+        return cls(pairs, (unused_q, unused_k))
 
 
 def _draw_layout(draw: Random, name: str, columns: int, multiple: int, odd_rows: bool, odd_start: bool) -> Layout:
@@ -225,19 +255,31 @@ def make(trial: Trial, device: torch.device | str) -> Made:
         buffers.append(buffer)
         return tensor
 
-    q_size, k_size, v_size, bias_size = trial.magnitudes
     b, hk, _, seqlen_q, seqlen_k = trial.sizes
     h = trial.sizes.heads_q
-    q = placed(normal((b, seqlen_q, h, trial.head_dim), q_size), trial.layouts[0], trial.dtype)
-    k = placed(normal((b, seqlen_k, hk, trial.head_dim), k_size), trial.layouts[1], trial.dtype)
-    v = placed(normal((b, seqlen_k, hk, trial.head_dim_v), v_size), trial.layouts[2], trial.dtype)
-    bias = slopes = sink = None
+    shapes = [(b, seqlen_q, h, trial.head_dim), (b, seqlen_k, hk, trial.head_dim), (b, seqlen_k, hk, trial.head_dim_v)]
+    lengths = Lengths.of(trial) if trial.packed else None
+    unused = (0, 0, 0)
+    if lengths is not None:  # a batch of one
+        unused = (lengths.unused[0], lengths.unused[1], lengths.unused[1])
+        totals = [sum(column) for column in zip(*lengths.of_each, strict=True)]
+        shapes = [(1, totals[min(i, 1)] + unused[i], *shape[2:]) for i, shape in enumerate(shapes)]
+    q, k, v = (
+        placed(_without_the_last(normal(shape, size), rows), layout, trial.dtype)
+        for shape, size, rows, layout in zip(shapes, trial.magnitudes, unused, trial.layouts, strict=False)
+    )
+    bias = slopes = sink = cu_seqlens_q = cu_seqlens_k = None
+    if lengths is not None:
+        q, k, v = q[0], k[0], v[0]
+        starts = [torch.tensor([0, *accumulate(x)], device=device) for x in zip(*lengths.of_each, strict=True)]
+        cu_seqlens_q, cu_seqlens_k = (placed(x.view(1, 1, 1, -1), BOUNDARIES, torch.int32)[0, 0, 0] for x in starts)
     if trial.bias:
         shape = _bias_shape(trial.bias, trial.sizes)
         hidden = torch.rand(shape, generator=generator, device=device) < trial.hidden
         if trial.hidden > 0:  # some rows see nothing
             hidden |= torch.rand((*shape[:3], 1), generator=generator, device=device) < 0.1
-        values = ~hidden if trial.bias_dtype == torch.bool else normal(shape, bias_size).masked_fill(hidden, -math.inf)
+        size = trial.magnitudes[3]
+        values = ~hidden if trial.bias_dtype == torch.bool else normal(shape, size).masked_fill(hidden, -math.inf)
         bias = placed(values, trial.layouts[3], trial.bias_dtype)
     if trial.alibi:
         slopes = normal((b, h) if trial.alibi == "bh" else (h,)).abs()
@@ -247,7 +289,7 @@ def make(trial: Trial, device: torch.device | str) -> Made:
     for leaf in leaves:
         if leaf is not None:
             leaf.requires_grad_()
-    inputs = Inputs(q, k, v, bias, slopes, sink)
+    inputs = Inputs(q, k, v, bias, slopes, sink, cu_seqlens_q, cu_seqlens_k)
     problem = Problem.from_tensors(
         inputs,
         mask=trial.mask,
@@ -255,8 +297,16 @@ def make(trial: Trial, device: torch.device | str) -> Made:
         softcap=trial.softcap,
         dropout_p=trial.dropout_p,
         deterministic=trial.seed // TRIALS_OF_A_KIND % 2 == 1,  # by its kind: hopper then has other kernels
+        max_seqlen_q=seqlen_q,
+        max_seqlen_k=seqlen_k,
     )
     return Made(inputs, problem, buffers)
+
+
+def _without_the_last(tensor: Tensor, rows: int) -> Tensor:
+    """Of these rows, which no sequence has, every number is NaN."""
+    tensor[:, tensor.shape[1] - rows :] = math.nan
+    return tensor
 
 
 def _place(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
