@@ -11,7 +11,7 @@ from triton_attention.hopper.configs import BACKWARD_ROWS, KEYS_ROWS, QUERIES_RO
 from triton_attention.kernel import compile_launch
 from triton_attention.problem import Mask
 from triton_attention.testing import CASES, Case, make_inputs
-from triton_attention.testing.cases import CAUSAL, FULL
+from triton_attention.testing.cases import CAUSAL, FEATURES_OF_EVERY_BACKEND, FULL
 from triton_attention.testing.fake_device import TARGETS, assembler_messages, compile_for, launches
 
 SM_90 = TARGETS["sm_90"]
@@ -76,8 +76,8 @@ def different_variants():
 VARIANTS = different_variants()
 
 
-def test_larger_cases_run_on_hopper():
-    assert all(map(runs_on_hopper, LARGER))
+def test_larger_cases_and_pairs_of_features_run_on_hopper():
+    assert all(map(runs_on_hopper, (*LARGER, *FEATURES_OF_EVERY_BACKEND)))
 
 
 @pytest.mark.parametrize("launch", VARIANTS)

@@ -93,10 +93,16 @@ def pairwise(**factors: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
         yield {name: factors[name][i] for name, i in row.items()}
 
 
-def _features() -> Iterator[Case]:
-    """What changes scores and probabilities, in pairs with each other, with odd lengths and with the rest."""
+def _features(
+    lengths: tuple[tuple[int, int], ...],
+    longest: tuple[int, int],
+    head_dims: tuple[tuple[int, int | None], ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> Iterator[Case]:
+    """What changes scores and probabilities, in pairs with each other, with these lengths and LENGTHS, whose bias has
+    the lengths `longest`, and with the rest."""
     for row in pairwise(
-        lengths=((40, 35), (35, 40), (1, 67), (67, 1), LENGTHS),
+        lengths=(*lengths, LENGTHS),
         bias=(
             (None, None),
             ("1hqk", None),
@@ -106,23 +112,33 @@ def _features() -> Iterator[Case]:
             ("b1qk", torch.bool),
         ),
         mask=(FULL, CAUSAL, CAUSAL_TOP_LEFT, Mask(9, 4)),
-        head_dims=((16, None), (40, 24), (13, 11)),
+        head_dims=head_dims,
         alibi=(None, "h", "bh"),
         softcap=(0.0, 3.0),
         sink=(False, True),
         dropout_p=(0.0, 0.3),
         heads=((2, None), (4, 2)),
-        dtype=(torch.float16, torch.float32),
+        dtype=dtypes,
     ):
-        lengths, (head_dim, head_dim_v), (heads_q, heads_kv), (bias, bias_dtype) = (
+        drawn, (head_dim, head_dim_v), (heads_q, heads_kv), (bias, bias_dtype) = (
             row.pop(name) for name in ("lengths", "head_dims", "heads", "bias")
         )
-        seqlen_q, seqlen_k = (50, 61) if lengths == LENGTHS else lengths
+        seqlen_q, seqlen_k = longest if drawn == LENGTHS else drawn
         yield Case(
             seqlen_q, seqlen_k, head_dim, head_dim_v, heads_q=heads_q, heads_kv=heads_kv, bias=bias,
-            bias_dtype=bias_dtype, lengths=LENGTHS if lengths == LENGTHS else None, **row,
+            bias_dtype=bias_dtype, lengths=LENGTHS if drawn == LENGTHS else None, **row,
         )  # fmt: skip
 
+
+# Rows of q, k, v and of every bias, a bool one too, are multiples of 16 bytes, as `hopper` wants them.
+FEATURES_OF_EVERY_BACKEND = tuple(
+    _features(
+        ((35, 48), (67, 16), (3, 80)),
+        longest=(50, 64),
+        head_dims=((16, None), (40, 24)),
+        dtypes=(torch.float16,),
+    )
+)
 
 CASES: tuple[Case, ...] = (
     # lengths: one, odd, above and below a block; more queries than keys leaves rows that see nothing under CAUSAL
@@ -173,5 +189,11 @@ CASES: tuple[Case, ...] = (
     Case(50, 61, 16, mask=CAUSAL, alibi="h"),
     Case(50, 61, 16, mask=CAUSAL, sink=True),
     Case(50, 61, 16, mask=CAUSAL, dropout_p=0.3),
-    *_features(),
+    *_features(
+        ((40, 35), (35, 40), (1, 67), (67, 1)),
+        longest=(50, 61),
+        head_dims=((16, None), (40, 24), (13, 11)),
+        dtypes=(torch.float16, torch.float32),
+    ),
+    *FEATURES_OF_EVERY_BACKEND,
 )
