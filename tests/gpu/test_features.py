@@ -1,5 +1,6 @@
 """Does attention behave on a GPU as PyTorch's users expect: streams, graphs, compilation, sizes, errors?"""
 
+import math
 import random
 from functools import partial
 from itertools import accumulate
@@ -259,14 +260,49 @@ def test_compiled_graph_gives_rows_that_are_not_aligned_to_portable(offset, odd)
     assert torch.equal(compiled(view), attention(view, view, view, backend="portable"))
 
 
-@pytest.mark.parametrize("seqlen_q", [50, 300])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_dropout_keeps_what_the_reference_keeps(dtype, seqlen_q):
-    """With equal scores no probability is 0 by itself, and unit vectors say from which key it is."""
+@pytest.mark.parametrize("seqlen_q", [50, 256])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("hopper", torch.float16, marks=needs_hopper),
+        ("portable", torch.float16),
+        ("portable", torch.float32),
+    ],
+)
+def test_dropout_keeps_what_the_reference_keeps(backend, dtype, seqlen_q):
+    """With equal scores no probability is 0 by itself, and unit vectors say between which query and key it is."""
     q, k = (torch.zeros(2, seqlen, 4, 64, device="cuda", dtype=dtype) for seqlen in (seqlen_q, 256))
-    v = torch.eye(256, device="cuda", dtype=dtype)[:, None].expand(2, 256, 4, 256)
+    unit_rows = torch.eye(256, device="cuda", dtype=dtype)[:, None].expand(2, 256, 4, 256)
+    v = unit_rows.clone().requires_grad_()
     expected = next_dropout_mask(q, k, 0.3)
-    assert torch.equal(attention(q, k, v, dropout_p=0.3).transpose(1, 2) != 0, expected)
+    out = attention(q, k, v, dropout_p=0.3, backend=backend)
+    assert torch.equal(out.transpose(1, 2) != 0, expected)
+    (dv,) = torch.autograd.grad(out, v, unit_rows[:, :seqlen_q])  # (2, keys, 4, queries)
+    assert torch.equal(dv.permute(0, 2, 3, 1)[:, :, :seqlen_q] != 0, expected)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_dropout_follows_the_generator_and_shares_its_mask_with_the_backward(mode):
+    """With CUDA graphs, too, which mode reduce-overhead makes."""
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    q, k = (torch.zeros(1, 64, 1, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+    v = torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None].requires_grad_()
+    compiled = torch.compile(lambda q, k, v: attention(q * 2, k, v, dropout_p=0.5), mode=mode, fullgraph=True)
+
+    def kept(seed):
+        torch.manual_seed(seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(q, k, v)
+        forward = out[0, :, 0].detach() != 0
+        (dv,) = torch.autograd.grad(out, v, torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None])
+        assert torch.equal(forward, dv[0, :, 0].T != 0)
+        return forward
+
+    masks = [kept(seed) for seed in (0, 1, 2, 0, 1, 2)]  # warms up, records, replays
+    assert torch.equal(torch.stack(masks[:3]), torch.stack(masks[3:]))
+    assert not torch.equal(masks[0], masks[1])
+    assert 0.4 < torch.stack(masks).float().mean() < 0.6
 
 
 def test_dropout_in_a_cuda_graph_draws_anew_and_shares_its_mask_with_the_backward():
@@ -337,33 +373,51 @@ def test_one_long_sequence_among_short_ones(backend, head_dim):
 
 
 @each_backend
-def test_a_nan_stays_in_its_sequence(backend):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_what_is_not_finite_stays_in_its_sequence(backend, head_dim, value, dropout_p, with_bias):
     torch.use_deterministic_algorithms(False)
-    lengths = [100, 77, 300]
-    leaves, how = packed(lengths)
+    leaves, how = packed([100, 77, 300], head_dim=head_dim)
+    bias = normal(3, 4, 304, 304) if with_bias else None
+    how |= {"bias": bias, "max_seqlen_q": 304, "max_seqlen_k": 304, "dropout_p": dropout_p, "backend": backend}
 
     def results():
-        out = attention_varlen(*leaves, **how, causal=True, backend=backend)
-        return out.detach(), *torch.autograd.grad(out.float().sin().sum(), leaves)
+        torch.manual_seed(0)
+        out = attention_varlen(*leaves, **how, causal=True)
+        wanted = leaves if bias is None else [*leaves, bias]
+        return out.detach(), *torch.autograd.grad(out.float().sin().sum(), wanted)
 
     expected = results()
     with torch.no_grad():
         for tensor in leaves:
-            tensor[100:177] = float("nan")
-    for one, two in zip(results(), expected, strict=True):
+            tensor[100:177] = value
+        if bias is not None:
+            bias[1] = value
+    actual = results()
+    assert actual[0][100:177].isnan().any()
+    for one, two in zip(actual[:4], expected[:4], strict=True):
         assert torch.equal(one[:100], two[:100])
         assert torch.equal(one[177:], two[177:])
+    if bias is not None:
+        assert torch.equal(actual[4][[0, 2]], expected[4][[0, 2]])
 
 
-def test_nothing_waits_for_the_lengths():
+@each_backend
+@pytest.mark.parametrize("plain", [True, False])
+def test_nothing_waits_for_the_lengths(backend, plain):
     torch.use_deterministic_algorithms(False)
-    leaves, how = packed([100, 77, 300])
-    bias = normal(3, 4, 300, 300)
-    slopes, sink = torch.rand(4, device="cuda"), normal(4)
+    leaves, how = packed([100, 77, 304])
+    how["backend"] = backend
+    if not plain:
+        bias, sink = normal(3, 4, 304, 304), normal(4)
+        how |= {"bias": bias, "alibi_slopes": torch.rand(4, device="cuda"), "sink": sink, "dropout_p": 0.1}
+        leaves += [bias, sink]
 
     def results():
-        out = attention_varlen(*leaves, **how, bias=bias, alibi_slopes=slopes, sink=sink, dropout_p=0.1)
-        return torch.autograd.grad(out.float().square().sum(), [*leaves, bias, sink])
+        out = attention_varlen(*leaves[:3], **how)
+        return torch.autograd.grad(out.float().square().sum(), leaves)
 
     results()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -394,6 +448,25 @@ def test_cuda_graph_of_packed_sequences_follows_their_lengths():
         how["cu_seqlens_q"].copy_(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
         graph.replay()
         assert all(torch.equal(one, two) for one, two in zip(captured, results(), strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("sizes", [(0, 5, 8), (2, 0, 8), (2, 5, 0), (0, 0, 0)], ids=str)
+def test_empty(backend, sizes):
+    """Nothing is launched, and nothing is left in a state of failure."""
+    batch, seqlen_q, seqlen_k = sizes
+    leaves = [normal(batch, seqlen, 4, 64) for seqlen in (seqlen_q, seqlen_k, seqlen_k)]
+    leaves.append(normal(1, 4, seqlen_q, seqlen_k))
+    out, lse = attention(*leaves[:3], bias=leaves[3], causal=True, return_lse=True, backend=backend)
+    assert torch.equal(out, torch.zeros_like(leaves[0]))
+    assert torch.equal(lse, torch.full((batch, 4, seqlen_q), -math.inf, device="cuda"))
+    for gradient, leaf in zip(torch.autograd.grad(out.sum(), leaves, materialize_grads=True), leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+    starts = torch.zeros(batch + 1, dtype=torch.int32, device="cuda")
+    how = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 0, "max_seqlen_k": 0}
+    rows = normal(seqlen_q, 4, 64), *(normal(seqlen_k, 4, 64) for _ in range(2))
+    assert torch.equal(attention_varlen(*rows, **how, backend=backend), torch.zeros_like(rows[0]))
+    torch.cuda.synchronize()
 
 
 def test_double_on_a_gpu_is_refused_unless_the_reference_is_asked():

@@ -10,6 +10,7 @@ from hardware import needs_hopper
 from triton_attention import attention
 
 REPEATS = 10_000
+HEAD_DIMS = (40, 64, 88, 96, 128, 256)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def count_differences(run, repeats, before=lambda: None):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [40, 64, 88, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_repeats_are_bitwise_equal(head_dim, causal):
     leaves = make_inputs(head_dim, batch=2, heads=4, seqlen_q=257, seqlen_k=264)
     dout = torch.randn_like(leaves[0])
@@ -53,7 +54,7 @@ def test_repeats_are_bitwise_equal(head_dim, causal):
 
 @needs_hopper
 @pytest.mark.parametrize("kind", ["causal", "bias"])
-@pytest.mark.parametrize("head_dim", [40, 64, 88, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_repeats_of_the_hopper_forward_are_bitwise_equal(head_dim, kind):
     """More tiles of queries than programs run at once, so that a program computes several, in an order that varies."""
     q, k, v, bias = make_inputs(head_dim, batch=4, heads=16, seqlen_q=513, seqlen_k=520)
@@ -68,7 +69,7 @@ def test_repeats_of_the_hopper_forward_are_bitwise_equal(head_dim, kind):
 
 @needs_hopper
 @pytest.mark.parametrize("kind", ["causal", "bias", "own bias", "vector"])
-@pytest.mark.parametrize("head_dim", [40, 64, 88, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_repeats_of_the_hopper_backward_are_bitwise_equal(deterministic, head_dim, kind):
     """But for dq, unless it is to be deterministic: programs add to it in an order that varies. It then differs by the
@@ -91,7 +92,7 @@ def test_repeats_of_the_hopper_backward_are_bitwise_equal(deterministic, head_di
         torch.testing.assert_close(dq, dq_first, rtol=1.6e-2, atol=1e-3)
         return others
 
-    differences = count_differences(run, REPEATS // 8)
+    differences = count_differences(run, REPEATS // 8)  # there are four kinds, and two ways
     assert not any(differences), f"repeats that differ in (dq if deterministic, dk, dv, dbias): {differences}"
 
 
@@ -124,7 +125,7 @@ class Load:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("backend", [pytest.param("hopper", marks=needs_hopper), "portable"])
 def test_repeats_under_load_are_bitwise_equal(backend, head_dim, causal):
     leaves = make_inputs(head_dim, batch=2, heads=8, seqlen_q=513, seqlen_k=520)
