@@ -244,7 +244,14 @@ K_AND_V_ROWS = [
 
 PACKED_ROWS = [
     *wrong(KV_PACKED, "kv", TypeError, TENSOR, *NO_TENSORS),
-    *wrong(KV_PACKED, "kv", ValueError, DENSE, (nested(5, 2, 2, 8), "nested")),
+    *wrong(
+        KV_PACKED,
+        "kv",
+        ValueError,
+        DENSE,
+        (nested(5, 2, 2, 8), "nested"),
+        (tensor(2, 5, 2, 2, 8).to_sparse(), "torch.sparse_coo"),
+    ),
     *wrong(
         KV_PACKED,
         "kv",
@@ -255,7 +262,14 @@ PACKED_ROWS = [
         (tensor(1, 2, 5, 2, 2, 8), "(1, 2, 5, 2, 2, 8)"),
     ),
     *wrong(QKV_PACKED, "qkv", TypeError, TENSOR, *NO_TENSORS),
-    *wrong(QKV_PACKED, "qkv", ValueError, DENSE, (nested(5, 3, 4, 8), "nested")),
+    *wrong(
+        QKV_PACKED,
+        "qkv",
+        ValueError,
+        DENSE,
+        (nested(5, 3, 4, 8), "nested"),
+        (tensor(2, 5, 3, 4, 8).to_sparse(), "torch.sparse_coo"),
+    ),
     *wrong(
         QKV_PACKED,
         "qkv",
@@ -322,8 +336,16 @@ SLOPES_AND_SINK_ROWS = [
         "must be torch.float32",
         (tensor(4, dtype=torch.float16), "torch.float16"),
         (tensor(4, dtype=torch.float64), "torch.float64"),
+        (quantised(4), "torch.quint8"),
     ),
-    *wrong(TAKE_SOFTCAP, "alibi_slopes", ValueError, DENSE, (nested(4), "nested")),
+    *wrong(
+        TAKE_SOFTCAP,
+        "alibi_slopes",
+        ValueError,
+        DENSE,
+        (nested(4), "nested"),
+        (tensor(4).to_sparse(), "torch.sparse_coo"),
+    ),
     *wrong(TAKE_SOFTCAP, "alibi_slopes", ValueError, ON_CPU, (tensor(4, device="meta"), "meta")),
     *wrong(
         TAKE_SOFTCAP,
@@ -358,8 +380,17 @@ SLOPES_AND_SINK_ROWS = [
         f"must be {FLOATS}",
         (tensor(4, dtype=torch.bool), "torch.bool"),
         (tensor(4, dtype=torch.float64), "torch.float64"),
+        (tensor(4, dtype=torch.int32), "torch.int32"),
+        (quantised(4), "torch.quint8"),
     ),
-    *wrong(NATIVE, "sink", ValueError, DENSE, (tensor(4).to_sparse(), "torch.sparse_coo")),
+    *wrong(
+        NATIVE,
+        "sink",
+        ValueError,
+        DENSE,
+        (tensor(4).to_sparse(), "torch.sparse_coo"),
+        (nested(4), "nested"),
+    ),
     *wrong(NATIVE, "sink", ValueError, ON_CPU, (tensor(4, device="meta"), "meta")),
     *wrong(NATIVE, "sink", ValueError, "must be (heads_q=4)", (tensor(2), "(2,)"), (tensor(2, 4), "(2, 4)")),
 ]
@@ -367,7 +398,14 @@ SLOPES_AND_SINK_ROWS = [
 SDPA_DENSE_ROWS = [
     row
     for name in ("query", "key", "value")
-    for row in wrong(SDPA, name, ValueError, DENSE, (nested(4, 3, 8), "nested"))
+    for row in wrong(
+        SDPA,
+        name,
+        ValueError,
+        DENSE,
+        (nested(4, 3, 8), "nested"),
+        (tensor(2, 4, 3, 8).to_sparse(), "torch.sparse_coo"),
+    )
 ]
 
 NUMBER_ROWS = [
@@ -539,6 +577,9 @@ def starts(*values, dtype=torch.int32):
 VARLEN_ROWS = [
     *wrong(VARLEN, "q", ValueError, "must be (total_q, heads_q, head_dim)", (Q, "(2, 3, 4, 8)"), **PACKED),
     *wrong(VARLEN, "k", ValueError, "must be (total_k, heads_kv, head_dim=8)", (K, "(2, 5, 2, 8)"), **PACKED),
+    *wrong(VARLEN, "k", ValueError, ON_CPU, (PACKED["k"].to("meta"), "meta"), **PACKED),
+    *wrong(VARLEN, "bias", ValueError, ON_CPU, (tensor(3, device="meta"), "meta"), **PACKED),
+    *wrong(VARLEN, "bias", TypeError, f"must be {FLOATS} or torch.bool", (STARTS, "torch.int32"), **PACKED),
     *wrong(
         VARLEN,
         "v",
@@ -560,6 +601,15 @@ VARLEN_ROWS = [
                 "must be torch.int32",
                 (STARTS.long(), "torch.int64"),
                 (STARTS.float(), "torch.float32"),
+                **PACKED,
+            ),
+            *wrong(
+                VARLEN,
+                f"cu_seqlens_{axis}",
+                ValueError,
+                DENSE,
+                (STARTS.to_sparse(), "torch.sparse_coo"),
+                (nested(3), "nested"),
                 **PACKED,
             ),
             *wrong(VARLEN, f"cu_seqlens_{axis}", ValueError, ON_CPU, (STARTS.to("meta"), "meta"), **PACKED),
@@ -837,6 +887,15 @@ def test_a_graph_survives_wrong_calls_of_its_leaves():
             refuse(row._replace(arguments=row.arguments | leaves))
     gradients = torch.autograd.grad(out.square().sum(), leaves.values())
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8])
+def test_a_mask_of_whole_numbers_that_requires_grad_is_refused_by_pytorch(dtype):
+    """So that no call can have one; without it an integer mask is a row of the table."""
+    mask = torch.ones(3, 5, dtype=dtype)
+    with pytest.raises(RuntimeError, match="floating point"):
+        mask.requires_grad_()
+    assert not mask.requires_grad
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
