@@ -1,8 +1,9 @@
 """What does each feature cost beside the plain kernel, and beside others that have it?
 
 Softcap, ALiBi, sink, dropout, window and packed sequences, each in one run with the plain call of the same shape, with
-FlexAttention where a score function says the same, and with PyTorch's FlashAttention-2 for dropout. Speeds count the
-query-key pairs that a mask leaves; that results are right is for the tests.
+FlexAttention where a score function says the same, with PyTorch's FlashAttention-2 for dropout, and for packed
+sequences with FlashAttention-3 where it is installed. Speeds count the query-key pairs that a mask leaves; that results
+are right is for the tests.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import importlib
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -61,6 +64,12 @@ class Call(NamedTuple):
     leaves: tuple[Tensor, ...]
     flops: float
 
+    def named(self, shape: Shape) -> str:
+        """What it is, in words."""
+        return (
+            f"{self.feature} {self.provider} d{shape.head_dim} s{shape.seqlen} {'causal' if shape.causal else 'full'}"
+        )
+
 
 def calls(shape: Shape, device: torch.device) -> Iterator[Call]:
     """The plain call first: the others are measured against it."""
@@ -83,7 +92,7 @@ def calls(shape: Shape, device: torch.device) -> Iterator[Call]:
         flops = each * shape.pairs(_WINDOW if name == "window" else None)
         wanted = (*leaves, sink) if name == "sink" else leaves
         yield Call(name, "ours", partial(attention, *leaves, causal=causal, **options), wanted, flops)
-    yield _packed("packed, equal", [s] * b, shape, device)
+    yield from _packed("packed, equal", [s] * b, shape, device)
     if device.type != "cuda":
         return
     heads_first = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves)
@@ -104,17 +113,17 @@ def mixed_lengths(shape: Shape, device: torch.device) -> Iterator[Call]:
     chance = random.Random(0)
     largest = 8192 if device.type == "cuda" else 128
     lengths = [round(64 * (largest / 64) ** chance.random()) for _ in range(64)]
-    yield _packed("packed, 64 to 8192", lengths, shape, device)
+    yield from _packed("packed, 64 to 8192", lengths, shape, device)
     lengths = [2 * largest, *range(1, 64)]
     chance.shuffle(lengths)
-    yield _packed("packed, 16384 and 63 short", lengths, shape, device)
+    yield from _packed("packed, 16384 and 63 short", lengths, shape, device)
 
 
 def _leaf(device: torch.device, *sizes: int) -> Tensor:
     return torch.randn(sizes, device=device, dtype=torch.bfloat16).requires_grad_()
 
 
-def _packed(name: str, lengths: list[int], shape: Shape, device: torch.device) -> Call:
+def _packed(name: str, lengths: list[int], shape: Shape, device: torch.device) -> Iterator[Call]:
     leaves = tuple(_leaf(device, sum(lengths), shape.heads, shape.head_dim) for _ in range(3))
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     sizes: dict[str, Any] = {
@@ -125,7 +134,27 @@ def _packed(name: str, lengths: list[int], shape: Shape, device: torch.device) -
     }
     pairs = sum(shape._replace(seqlen=length).pairs() for length in lengths)
     flops = 4.0 * shape.heads * shape.head_dim * pairs
-    return Call(name, "ours", partial(attention_varlen, *leaves, **sizes, causal=shape.causal), leaves, flops)
+    for provider, function in _varlen_functions().items():
+        yield Call(name, provider, partial(function, *leaves, **sizes, causal=shape.causal), leaves, flops)
+
+
+def _varlen_functions() -> dict[str, Callable[..., Tensor]]:
+    """Ours, and FlashAttention-3's where it is installed."""
+    functions: dict[str, Callable[..., Tensor]] = {"ours": attention_varlen}
+    name = "flash_attn_interface"
+    try:
+        function = importlib.import_module(name).flash_attn_varlen_func
+    except ModuleNotFoundError as error:
+        if error.name != name:  # it is there and lacks a module that it needs
+            raise
+        return functions
+
+    def out_of(*arguments: Any, **keywords: Any) -> Tensor:
+        result = function(*arguments, **keywords)
+        out: Tensor = result[0] if isinstance(result, tuple) else result  # some releases return the lse as well
+        return out
+
+    return functions | {name: out_of}
 
 
 def _capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -179,6 +208,8 @@ def main(arguments: Sequence[str]) -> int:
                 *([mixed_lengths(shape, device)] if shape.causal and shape.batch > 1 else []),
             ]
             for call in (call for maker in makers for call in maker):
+                if call.feature != "plain" and not options.match.search(call.named(shape)):
+                    continue
                 row = about | shape._asdict() | {"feature": call.feature, "provider": call.provider}
                 for row_of_pass in _rows(call, plain, device, options.seconds_per_case):
                     writer.writerow(row | row_of_pass)
@@ -224,6 +255,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--seconds-per-case", type=float, default=0.3, help="(default: %(default)s)")
+    add("--match", type=re.compile, default="", help="regular expression for 'FEATURE PROVIDER d128 s4096 causal|full'")
     add("--output", type=Path, default=Path("features.csv"), help="CSV to write (default: %(default)s)")
     add("--commit", help="what the rows say was measured (default: what git says of this folder)")
     return parser.parse_args(arguments)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import GROUPS, Case, random_inputs
 from benchmarks.correctness import reference
 from benchmarks.providers import PROVIDERS, AttentionFunction, FlashAttention, Provider, Sdpa
+from triton_attention import attention_varlen
 
 CPU = torch.device("cpu")
 SMOKE_PASSES = sum(len(case.passes) for case in GROUPS["smoke"])
@@ -433,3 +435,18 @@ def test_every_feature_is_measured_against_the_plain_call(tmp_path):
     assert len(names) == 8
     assert all(row["tflops"] and row["of_plain"] and not row["note"] for row in found)
     assert {row["pass"] for row in found} == {"fwd", "bwd"}
+
+
+def test_flash_attention_3_is_measured_where_it_is_installed(tmp_path, monkeypatch):
+    def flash_attn_varlen_func(*arguments, **keywords):
+        return attention_varlen(*arguments, **keywords), None  # as releases do that return the lse
+
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    output = tmp_path / "features.csv"
+    chosen = ["--seconds-per-case", "0.01", "--match", "^packed, 64 to 8192 .* d16 s32 causal$"]
+    assert main(["features", "--device", "cpu", "--output", str(output), *chosen]) == 0
+    with open(output, newline="") as file:
+        found = [(row["feature"], row["provider"], row["pass"]) for row in csv.DictReader(file)]
+    expected = [("plain", "ours"), ("packed, 64 to 8192", "ours"), ("packed, 64 to 8192", "flash_attn_interface")]
+    assert found == [(*row, name) for row in expected for name in ("fwd", "bwd")]
