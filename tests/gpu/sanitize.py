@@ -1,33 +1,38 @@
 """Do the kernels touch only what is theirs, initialised, and in order? Asks NVIDIA's compute-sanitizer, and Triton's.
 
-    python tests/gpu/sanitize.py [memcheck racecheck initcheck synccheck consan]
+    python tests/gpu/sanitize.py [memcheck racecheck initcheck synccheck consan] [--seconds 1800] [--workers 16]
 
 compute-sanitizer comes with the CUDA toolkit: its tools look at memory outside of allocations (memcheck), unordered
 accesses to shared memory (racecheck), memory that is read before it is written (initcheck) and barriers (synccheck).
 consan is Triton's concurrency sanitizer: it looks at the order of asynchronous copies, products and barriers in Gluon
 kernels, and works with Triton 3.7 and 3.8; the compilers of 3.6 and 3.9 crash in it.
+
+Each case has a process of its own under each tool, several at a time: most of the time goes into instrumenting kernels,
+on the host. What the time does not suffice for is named and counts as a failure.
 """
 
+import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck", "consan")
 PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/usr/local/cuda/compute-sanitizer")
-RUN = "--run"  # this script calls itself with it
-SECONDS = 540  # for a tool
+RUN = "--run"  # this script calls itself with it, and the number of a case
 
 
-def main(tools):
-    unknown = set(tools) - set(TOOLS)
-    if unknown:
-        print(f"tools must be among {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
-        return 2
+def main(arguments):
+    options = parse(arguments)
     import torch
 
     if not torch.cuda.is_available():
@@ -36,36 +41,85 @@ def main(tools):
     sanitizer = find_sanitizer()
     if sanitizer is None:
         print("compute-sanitizer was not found in PATH, CUDA_HOME or Python's packages: only consan can be asked")
-    if run([], {}) is None:  # compiles; under the tools the kernels then come from Triton's cache
-        return 1
-    verdicts = []
-    for tool in tools or TOOLS:
-        if tool == "consan":
-            verdicts.append(report(tool, consan_why_not() or run([], {"TRITON_INSTRUMENTATION_MODE": "consan"})))
-        elif sanitizer is None:
-            verdicts.append(report(tool, "not run: compute-sanitizer was not found"))
-        else:
-            # Each tensor is an allocation of its own, so that what lies behind it is out of bounds.
-            environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            command = [sanitizer, "--tool", tool, "--print-limit", "10", *only_ours(sanitizer, tool)]
-            verdicts.append(report(tool, run(command, environment)))
+    started = time.monotonic()
+    run = partial(run_case, end=started + options.seconds)
+    numbers = range(len(make_cases()))
+    checks = {tool: check_of(tool, sanitizer) for tool in options.tools or TOOLS}
+    with ThreadPoolExecutor(options.workers) as pool:
+        # Compiles: under the tools the kernels then come from Triton's cache. One that hangs leaves time for others.
+        alone = list(pool.map(partial(run, command=[], environment={}, end=started + options.seconds / 3), numbers))
+        verdicts = [report("the kernels alone", alone, lambda output: 0)]
+        asked = {
+            tool: [pool.submit(run, number, check.command, check.environment) for number in numbers]
+            for tool, check in checks.items()
+            if check.why_not is None
+        }
+        for tool, check in checks.items():
+            if check.why_not is None:
+                outcomes = [future.result() for future in asked[tool]]
+                verdicts.append(report(tool, outcomes, check.count_errors))
+            else:
+                print(f"{tool}: not run: {check.why_not}")
     return int(not all(verdicts))
 
 
-def report(tool, outcome):
-    """Print what came out of a tool: why it did not run, its output, or None where the kernels failed under it."""
-    if outcome is None:
-        print(f"{tool}: FAILED, see above")
-        return False
-    if outcome.startswith("not run"):
-        print(f"{tool}: {outcome}")
-        return True
-    summaries = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", outcome)
-    errors = sum(int(one or two) for one, two in summaries)
-    if errors or (tool != "consan" and not summaries):
-        print(outcome[-6000:])
-    print(f"{tool}: {errors} errors" if summaries or tool == "consan" else f"{tool}: FAILED, it printed no summary")
-    return errors == 0 and (tool == "consan" or bool(summaries))
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tools", nargs="*", help=f"of {', '.join(TOOLS)} (default: all)")
+    parser.add_argument("--seconds", type=float, default=1800, help="for everything (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cases at a time (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.tools) - set(TOOLS)
+    if unknown:
+        parser.error(f"tools must be among {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
+    return options
+
+
+class Check(NamedTuple):
+    """How a tool is asked, and how many errors its output tells of (None: it does not say); or why it is not asked."""
+
+    command: list[str]
+    environment: dict[str, str]
+    count_errors: Callable[[str], int | None]
+    why_not: str | None = None
+
+
+def check_of(tool, sanitizer):
+    if tool == "consan":  # what it finds ends the process
+        return Check([], {"TRITON_INSTRUMENTATION_MODE": "consan"}, lambda output: 0, consan_why_not())
+    if sanitizer is None:
+        return Check([], {}, count_summaries, "compute-sanitizer was not found")
+    command = [sanitizer, "--tool", tool, "--print-limit", "10", *only_ours(sanitizer, tool)]
+    # Each tensor is an allocation of its own, so that what lies behind it is out of bounds.
+    return Check(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, count_summaries)
+
+
+def count_summaries(output):
+    summaries = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
+    return sum(int(one or two) for one, two in summaries) if summaries else None
+
+
+class Outcome(NamedTuple):
+    """What a case printed, and why it did not end well."""
+
+    output: str
+    seconds: float
+    failure: str | None
+
+
+def report(tool, outcomes, count_errors):
+    """Print what came out of a tool, and return whether all of it was good."""
+    errors, right = 0, 0
+    for case, outcome in zip(make_cases(), outcomes, strict=True):
+        found = None if outcome.failure else count_errors(outcome.output)
+        errors += found or 0
+        right += found == 0
+        if found != 0:
+            print(outcome.output[-3000:])
+            print(f"{tool}: {case}: {outcome.failure or found or 'it printed no summary'}")
+    longest = max(outcome.seconds for outcome in outcomes)
+    print(f"{tool}: {errors} errors, {right} of {len(outcomes)} cases right, {longest:.0f} s at most", flush=True)
+    return right == len(outcomes)
 
 
 def find_sanitizer():
@@ -87,41 +141,40 @@ def consan_why_not():
     import triton
 
     version = ".".join(triton.__version__.split(".")[:2])
-    return None if version in ("3.7", "3.8") else f"not run: it does not compile our kernels with Triton {version}"
+    return None if version in ("3.7", "3.8") else f"it does not compile our kernels with Triton {version}"
 
 
-def run(command, environment):
-    """What the kernels' run prints under a command, or None where it fails; prints why."""
-    started = time.time()
-    words = [*command, sys.executable, str(Path(__file__).resolve()), RUN]
+def run_case(number, command, environment, end):
+    """Run a case under a command, until a time at most."""
+    started = time.monotonic()
+    if started >= end:
+        return Outcome("", 0.0, "not begun: the time was up")
+    words = [*command, sys.executable, str(Path(__file__).resolve()), RUN, str(number)]
+    process = subprocess.Popen(
+        words, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,  # a tool has the case in a process of its own, which is to end with it
+    )  # fmt: skip
+    failure = None
     try:
-        done = subprocess.run(
-            words, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        print(output.decode()[-3000:], f"took more than {SECONDS} s")
-        return None
-    if done.returncode != 0 or "all ran" not in done.stdout:
-        print(done.stdout[-6000:], f"ended with {done.returncode}")
-        return None
-    print(f"ran for {time.time() - started:.0f} s: {' '.join(words[:-3]) or 'the kernels alone'}")
-    return done.stdout
+        output, _ = process.communicate(timeout=end - started)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        failure = "the time was up"
+    if failure is None and (process.returncode != 0 or "all ran" not in output):
+        failure = f"ended with {process.returncode}"
+    return Outcome(output, time.monotonic() - started, failure)
 
 
-def run_kernels():
-    """Every kernel in its main variants, on tensors copied from the CPU."""
+def make_cases():
+    """Every kernel in its main variants."""
     import torch
-    import triton
 
-    from triton_attention import dispatch
     from triton_attention.problem import Mask
-    from triton_attention.testing import Case, make_inputs
+    from triton_attention.testing import Case
     from triton_attention.testing.cases import CAUSAL, LENGTHS
 
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    cases = (
+    return (
         Case(70, 90, 64, mask=CAUSAL, dtype=torch.bfloat16),
         Case(300, 200, 128, heads_q=4, heads_kv=2, dtype=torch.bfloat16),
         Case(300, 304, 64, bias="1hqk", dtype=torch.bfloat16),
@@ -137,25 +190,36 @@ def run_kernels():
         Case(35, 47, 59, bias="1hqk", mask=CAUSAL, dtype=torch.float16),
         Case(35, 47, 40, bias="b1qk", dtype=torch.float32),
     )
-    for case, deterministic in product(cases, (False, True)):
-        inputs, _ = make_inputs(case, "cpu")
-        for backend in dispatch.BACKENDS:
-            if deterministic and backend.name != "hopper":  # whose backward is another one then
-                continue
-            leaves = inputs._make(x if x is None else x.detach().cuda().requires_grad_(x.requires_grad) for x in inputs)
-            problem = make_inputs(case, "meta")[1]._replace(device=leaves.q.device, deterministic=deterministic)
-            if backend.name == "reference" or backend.why_not(problem):
-                continue
-            out, _ = backend.run(leaves, problem)
-            wanted = [x for x in leaves if x is not None and x.requires_grad]
-            grads = torch.autograd.grad(out, wanted, torch.ones(out.shape, dtype=out.dtype).cuda())
-            torch.cuda.synchronize()
-            print(backend.name, case, all(bool(x.cpu().isfinite().all()) for x in (out, *grads)), flush=True)
+
+
+def run_kernels(case):
+    """A case on every backend that takes it, on tensors copied from the CPU."""
+    import torch
+    import triton
+
+    from triton_attention import dispatch
+    from triton_attention.testing import make_inputs
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    inputs, _ = make_inputs(case, "cpu")
+    for backend, deterministic in product(dispatch.BACKENDS, (False, True)):
+        if deterministic and backend.name != "hopper":  # whose backward is another one then
+            continue
+        leaves = inputs._make(x if x is None else x.detach().cuda().requires_grad_(x.requires_grad) for x in inputs)
+        problem = make_inputs(case, "meta")[1]._replace(device=leaves.q.device, deterministic=deterministic)
+        if backend.name == "reference" or backend.why_not(problem):
+            continue
+        out, _ = backend.run(leaves, problem)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        grads = torch.autograd.grad(out, wanted, torch.ones(out.shape, dtype=out.dtype).cuda())
+        torch.cuda.synchronize()
+        assert all(bool(x.cpu().isfinite().all()) for x in (out, *grads))
+        print(backend.name, case, flush=True)
     print("all ran")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == [RUN]:
-        run_kernels()
+    if sys.argv[1:2] == [RUN]:
+        run_kernels(make_cases()[int(sys.argv[2])])
     else:
         sys.exit(main(sys.argv[1:]))
