@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 # machine, and ten times slower or worse where the threads share the cores with any other program.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo docs test lint test-gpu fuzz-gpu sanitize-gpu test-triton wheel clean
+.PHONY: help demo docs test lint test-gpu fuzz-gpu sanitize-gpu test-triton audit wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -58,6 +58,11 @@ test-triton: $(ENVIRONMENT)  ## compile every kernel with another Triton: make t
 	@test -d build/triton-$(VERSION) || \
 		$(PYTHON) -m pip install --quiet --no-deps --target build/triton-$(VERSION) triton==$(VERSION)
 	@PYTHONPATH=$(CURDIR)/build/triton-$(VERSION):$(PYTHONPATH) $(PYTHON) -m pytest tests/compile -q -n auto
+
+audit:  ## ask pip-audit, and so the network, for known vulnerabilities in the versions of constraints.txt
+	@test -x build/audit/bin/pip-audit || { python3 -m venv --clear build/audit && \
+		build/audit/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit; }
+	@build/audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r constraints.txt
 
 wheel: $(ENVIRONMENT)  ## the wheel of this commit in dist/: the same bytes wherever and whenever it is built
 	@rm -rf build/wheel && mkdir -p build/wheel dist
