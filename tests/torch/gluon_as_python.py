@@ -37,6 +37,10 @@ def larger(a, b):
     return max(a, b) if isinstance(a, int) else a.clamp(min=b)
 
 
+def choose(condition, a, b):
+    return torch.where(condition, a, b) if torch.is_tensor(condition) and condition.dim() else a if condition else b
+
+
 def language(program, programs=None):
     """What stands for Gluon's language in the program of this number, the one item of a list, of so many."""
     return SimpleNamespace(
@@ -46,8 +50,9 @@ def language(program, programs=None):
         load=load,
         minimum=smaller,
         maximum=larger,
-        where=lambda condition, a, b: a if condition else b,
+        where=choose,
         cdiv=ceil_div,
+        static_range=range,
         arange=lambda start, end, layout: torch.arange(start, end),
         sum=lambda values, axis: int(values.sum()),
         BlockedLayout=lambda *fields: None,
@@ -56,17 +61,21 @@ def language(program, programs=None):
     )
 
 
-def as_python(function, stand_in):
-    """A function of Gluon as one of Python."""
+def as_python(function, stand_in, instead=None):
+    """A function of Gluon as one of Python, which finds other things by the names in `instead`."""
 
-    def converted(value):
+    def converted(name, value):
+        if instead and name in instead:
+            return instead[name]
         if isinstance(value, JITFunction):
-            return as_python(value, stand_in)
+            return as_python(value, stand_in, instead)
         return value.value if isinstance(value, gl.constexpr) else value
 
     function = function.fn
     known = {
-        name: converted(value) for name, value in function.__globals__.items() if name in function.__code__.co_names
+        name: converted(name, value)
+        for name, value in function.__globals__.items()
+        if name in function.__code__.co_names
     }
     return FunctionType(
         function.__code__, {"__builtins__": builtins, **known, "gl": stand_in}, function.__name__, function.__defaults__
