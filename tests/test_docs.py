@@ -72,3 +72,11 @@ def test_the_device_table_is_what_the_backends_say(hooks):
     assert "| yes | yes | no: no cuda tensor lands here silently" in h100
     assert "| no: runs on NVIDIA GPUs of compute capability 9.0, and an A100 has 8.0 | yes | no" in a100
     assert cpu.endswith("and the tensors are on cpu | yes |")
+
+
+def test_every_test_that_a_page_names_is_there():
+    text = "".join(page.read_text() for page in PAGES)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 15
+    for path, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name}"
