@@ -49,7 +49,8 @@ class Resources(NamedTuple):
 
 
 def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[Launch]:
-    """What a forward and a backward pass of `case` launch on `target`, as far as that backend runs them itself."""
+    """What a forward pass of `case` and a backward pass through out and lse launch on `target`, as far as that backend
+    runs them itself."""
     inputs, problem = make_inputs(case, "meta")
     inputs = Inputs._make(None if tensor is None else tensor.detach() for tensor in inputs)
     q, k, v, bias, slopes, sink, cu_seqlens_q, cu_seqlens_k = inputs
@@ -64,15 +65,16 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
         plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS, extras)
         if not hopper.differentiates(extras, bias is not None, needs_dbias):
             return [plan.launch]
-        call = (torch.empty_like(plan.out), None, q, k, v, bias, plan.out, plan.lse, problem.mask)
+        dout, dlse = torch.empty_like(plan.out), torch.empty_like(plan.lse)
+        call = (dout, dlse, q, k, v, bias, plan.out, plan.lse, problem.mask)
         numbers = (problem.softmax_scale, needs_dbias, extras)
         both = [plan_hopper_backward(*call, *numbers, deterministic, _NUM_SMS) for deterministic in (False, True)]
         return [plan.launch, *both[0].launches, *both[1].launches]
     family = gpu_family(target.backend, target.arch)
     settings = Settings(problem.mask, problem.softmax_scale, family, extras)
     forward = plan_forward(q, k, v, bias, settings)
-    dout = torch.empty_like(forward.out)
-    backward = plan_backward(dout, None, q, k, v, bias, forward.out, forward.lse, settings, needs_dbias)
+    dout, dlse = torch.empty_like(forward.out), torch.empty_like(forward.lse)
+    backward = plan_backward(dout, dlse, q, k, v, bias, forward.out, forward.lse, settings, needs_dbias)
     return [forward.launch, *backward.launches]
 
 
