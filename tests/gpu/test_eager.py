@@ -55,6 +55,23 @@ def test_calls_that_come_again(backend, causal, bias_shape):
 
 
 @each_backend
+def test_memory_that_is_freed_and_given_to_others(backend):
+    """That of inputs while kernels still read them, and of results that came before."""
+    leaves = make_leaves()
+    expected = run(leaves, backend)
+    for _ in range(10):
+        copies = [x.detach().clone().requires_grad_() for x in leaves]
+        out, lse = attention(*copies[:3], bias=copies[3], return_lse=True, backend=backend)
+        del copies[3]  # the graph has it still
+        others = [torch.full_like(x, torch.nan) for x in leaves]
+        gradients = torch.autograd.grad((out, lse), copies, (torch.ones_like(out), torch.ones_like(lse)))
+        del copies
+        others += [torch.full_like(x, torch.nan) for x in leaves]
+        assert_equal((out, lse, *gradients), expected[:5])
+        del others
+
+
+@each_backend
 def test_a_graph_of_calls_that_came_before(backend):
     leaves = make_leaves()
     for _ in range(4):

@@ -163,6 +163,21 @@ def test_keys_hidden_by_a_large_negative_bias(backend, dtype, hidden):
         torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
 
 
+@each_backend
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e8])
+def test_gradients_are_finite_however_large_scores_are(backend, magnitude, with_bias, deterministic):
+    """Those of weights that a rounding of lse would take for more than 1."""
+    torch.use_deterministic_algorithms(False)
+    q, k = (torch.randn(2, 304, 2, 64, device="cuda").mul(magnitude).bfloat16().requires_grad_() for _ in range(2))
+    leaves = [q, k, normal(2, 304, 2, 64), *([normal(1, 2, 304, 304)] if with_bias else [])]
+    keywords = {"bias": leaves[3]} if with_bias else {}
+    out = attention(*leaves[:3], **keywords, causal=True, deterministic=deterministic, backend=backend)
+    gradients = torch.autograd.grad(out, leaves, torch.randn_like(out))
+    assert all(x.isfinite().all() for x in (out, *gradients))
+
+
 def test_torch_compile_with_cuda_graphs():
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
