@@ -111,6 +111,24 @@ def test_the_line_shows_the_smallest_failure_again(monkeypatch, capsys):
     assert len(lines) >= 5
 
 
+def begins_early(inputs, problem):
+    """Packed sequences of keys begin with the last key of the one before."""
+    if problem.varlen:
+        starts = inputs.cu_seqlens_k.clone()
+        starts[1:-1] -= (starts[1:-1] > 0).int()
+        inputs = inputs._replace(cu_seqlens_k=starts)
+    return reference.attention(inputs, problem)
+
+
+def test_what_one_sequence_sees_of_another_is_found(monkeypatch, capsys):
+    plant(monkeypatch, begins_early)
+    assert fuzz.main(["--backend", "broken", "--seed", "18000", "--problems", "36", *SMALL]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED ")]
+    seeds = [int(line.split("--seed ")[1].split()[0]) for line in lines]
+    assert len(seeds) >= 3
+    assert all(draw(seed).packed for seed in seeds)
+
+
 def test_one_problem_that_is_refused(capsys):
     assert fuzz.main(["--backend", "portable", "--device", "cpu", "--seed", "5"]) == 2
     assert "runs on CUDA and ROCm GPUs" in capsys.readouterr().out
