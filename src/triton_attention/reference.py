@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +40,12 @@ def attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
     out is (total_q, heads_q, head_dim_v) and lse (heads_q, total_q). Rows that no sequence has get out 0 and lse -inf.
     """
     seed = draw_seed(problem.device) if problem.dropout_p > 0 else None
-    if problem.varlen:
-        return each_sequence(inputs, problem, partial(_attention, seed=seed))
-    return _attention(inputs, problem, 0, seed)
+    if not problem.varlen:
+        return _attention(inputs, problem, 0, seed)
+    sizes = (problem.batch, problem.seqlen_q, problem.seqlen_k, inputs.q.shape[0], inputs.k.shape[0])
+    if torch.compiler.is_compiling() and all(size > 0 for size in sizes):
+        return _padded(inputs, problem, seed)
+    return each_sequence(inputs, problem, partial(_attention, seed=seed))
 
 
 def each_sequence(
@@ -82,8 +86,51 @@ def _on_host(cu_seqlens: Tensor) -> list[int]:
     return starts
 
 
-def _attention(inputs: Inputs, problem: Problem, first_batch: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of a batch of equal lengths, whose entries dropout counts from `first_batch`."""
+def _padded(inputs: Inputs, problem: Problem, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of packed sequences from a batch of padded ones, for `torch.compile`: a graph cannot ask for lengths.
+
+    It takes the memory of `batch` matrices of scores, each of the longest lengths.
+    """
+    q, k, v, _, _, _, cu_seqlens_q, cu_seqlens_k = inputs
+    assert cu_seqlens_q is not None  # for the type checker
+    assert cu_seqlens_k is not None
+
+    def rows(cu_seqlens: Tensor, seqlen: int) -> tuple[Tensor, Tensor]:
+        """(batch, seqlen): the row of a position, and whether its sequence has it."""
+        row = cu_seqlens[:-1, None] + torch.arange(seqlen, device=cu_seqlens.device)
+        return row, row < cu_seqlens[1:, None]
+
+    (row_q, exists_q), (row_k, exists_k) = rows(cu_seqlens_q, problem.seqlen_q), rows(cu_seqlens_k, problem.seqlen_k)
+    q, k, v = (
+        tensor[row.clamp(max=tensor.shape[0] - 1)].masked_fill(~exists[..., None, None], 0)
+        for tensor, row, exists in ((q, row_q, exists_q), (k, row_k, exists_k), (v, row_k, exists_k))
+    )
+    length_q, length_k = ((ends[1:] - ends[:-1])[:, None, None, None] for ends in (cu_seqlens_q, cu_seqlens_k))
+    seen = exists_q[:, None, :, None] & exists_k[:, None, None, :]
+    out, lse = _attention(inputs._replace(q=q, k=k, v=v), problem, 0, seed, _Lengths(length_q, length_k, seen))
+
+    row = torch.arange(inputs.q.shape[0], device=problem.device)
+    sequence = torch.bucketize(row, cu_seqlens_q[1:], right=True)
+    unused = sequence == problem.batch
+    sequence = sequence.clamp(max=problem.batch - 1)
+    position = (row - cu_seqlens_q[sequence]).clamp(max=problem.seqlen_q - 1)
+    out = out[sequence, position].masked_fill(unused[:, None, None], 0)
+    lse = lse.transpose(1, 2)[sequence, position].masked_fill(unused[:, None], -math.inf)
+    return out, lse.mT
+
+
+class _Lengths(NamedTuple):
+    """Of the sequences of a padded batch."""
+
+    q: Tensor  # (b, 1, 1, 1)
+    k: Tensor
+    seen: Tensor  # (b, 1, sq, sk): that both the query and the key exist
+
+
+def _attention(
+    inputs: Inputs, problem: Problem, first_batch: int, seed: Tensor | None, lengths: _Lengths | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of a batch of equal lengths, or of padded ones, whose entries dropout counts from `first_batch`."""
     b, h, hk, seqlen_q, seqlen_k = problem.batch, problem.heads_q, problem.heads_kv, problem.seqlen_q, problem.seqlen_k
     rows = h // hk * seqlen_q  # the queries of all heads that share a key/value head
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
@@ -91,7 +138,7 @@ def _attention(inputs: Inputs, problem: Problem, first_batch: int, seed: Tensor 
         q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))  # (b, heads, s, d)
         q = (problem.softmax_scale * q).reshape(b, hk, rows, problem.head_dim)
         scores = (q @ k.mT).view(b, h, seqlen_q, seqlen_k)
-        weights, lse = _softmax(_modified(scores, inputs, problem), inputs.sink)
+        weights, lse = _softmax(_modified(scores, inputs, problem, lengths), inputs.sink)
         if seed is not None:
             kept = dropout_mask(seed, problem.dropout_p, b, h, seqlen_q, seqlen_k, first_batch)
             weights = weights.masked_fill(~kept, 0) / (1 - problem.dropout_p)
@@ -104,8 +151,9 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _modified(scores: Tensor, inputs: Inputs, problem: Problem) -> Tensor:
+def _modified(scores: Tensor, inputs: Inputs, problem: Problem, lengths: _Lengths | None) -> Tensor:
     """The scores after softcap, ALiBi, bias and mask: (b, h, sq, sk)."""
+    seqlens: Any = (problem.seqlen_q, problem.seqlen_k) if lengths is None else (lengths.q, lengths.k)
     if problem.softcap > 0:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
 
@@ -113,7 +161,7 @@ def _modified(scores: Tensor, inputs: Inputs, problem: Problem) -> Tensor:
     keys = torch.arange(problem.seqlen_k, device=problem.device)
     offset = keys - queries  # (sq, sk)
     if inputs.alibi_slopes is not None:
-        distance = (offset - problem.mask.diagonal(problem.seqlen_q, problem.seqlen_k)).abs()
+        distance = (offset - problem.mask.diagonal(*seqlens)).abs()
         slopes = inputs.alibi_slopes.to(scores.dtype)[..., None, None]  # (h, 1, 1) or (b, h, 1, 1)
         scores = scores - slopes * distance
 
@@ -123,12 +171,12 @@ def _modified(scores: Tensor, inputs: Inputs, problem: Problem) -> Tensor:
         else:
             scores = scores + inputs.bias.to(scores.dtype)
 
-    lower, upper = problem.mask.band(problem.seqlen_q, problem.seqlen_k)
+    lower, upper = problem.mask.band(*seqlens)
     if lower is not None:
         scores = scores.masked_fill(offset < lower, -math.inf)
     if upper is not None:
         scores = scores.masked_fill(offset > upper, -math.inf)
-    return scores
+    return scores if lengths is None else scores.masked_fill(~lengths.seen, -math.inf)
 
 
 def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
