@@ -284,7 +284,7 @@ def test_a_mask_of_the_users():
         assert relative_error(result, expected) < TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # 5.20 has no other name for it
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # 5.17 has no other name for it
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
     """The mask passes through checkpoint, which a tensor subclass could get lost in."""
