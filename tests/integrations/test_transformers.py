@@ -47,7 +47,9 @@ ENCODER = {
 }
 LEFT_PADDED = torch.tensor([[1] * LENGTH, [0] * 3 + [1] * (LENGTH - 3)], device=DEVICE)
 RIGHT_PADDED = LEFT_PADDED.flip(1)
-PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]] * 2, device=DEVICE)  # positions: three sequences in a row
+PACKED = torch.tensor(  # positions: three sequences in a row, and two
+    [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1]], device=DEVICE
+)
 PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
 
@@ -97,12 +99,12 @@ CASES = {
     "Llama": decoder(tf.LlamaForCausalLM, LLAMA),
     "Llama, padded left": decoder(tf.LlamaForCausalLM, LLAMA, attention_mask=LEFT_PADDED),
     "Llama, padded right": decoder(tf.LlamaForCausalLM, LLAMA, attention_mask=RIGHT_PADDED),
-    "Llama, packed": decoder(tf.LlamaForCausalLM, LLAMA, position_ids=PACKED, bands=False),
+    "Llama, packed": decoder(tf.LlamaForCausalLM, LLAMA, position_ids=PACKED),
     "Qwen3": decoder(tf.Qwen3ForCausalLM, QWEN),
     "Qwen3, both ways": decoder(tf.Qwen3Model, QWEN_BOTH_WAYS, attention_mask=RIGHT_PADDED),
     "Gemma 2": decoder(tf.Gemma2ForCausalLM, GEMMA, "softcap", "scaling"),
     "Gemma 2, padded left": decoder(tf.Gemma2ForCausalLM, GEMMA, "softcap", attention_mask=LEFT_PADDED),
-    "Gemma 2, packed": decoder(tf.Gemma2ForCausalLM, GEMMA, "softcap", position_ids=PACKED, bands=False),
+    "Gemma 2, packed": decoder(tf.Gemma2ForCausalLM, GEMMA, "softcap", position_ids=PACKED),
     "Gemma 3, both ways": decoder(tf.Gemma3TextModel, GEMMA_BOTH_WAYS, attention_mask=RIGHT_PADDED, bands=False),
     "gpt-oss": decoder(tf.GptOssForCausalLM, GPT_OSS, "s_aux", attention_mask=LEFT_PADDED),
     "BERT": Case(tf.BertForMaskedLM, BERT, {"input_ids": TOKENS}, ()),
@@ -165,11 +167,22 @@ def attention(monkeypatch):
     return replace
 
 
+@pytest.fixture
+def no_matrices(monkeypatch):
+    """Call it, and whatever makes a matrix of a mask fails from then on."""
+
+    def forbid():
+        for module, name in ((masking_utils, "sdpa_mask"), (integration, "_same_sequence")):
+            monkeypatch.setattr(module, name, Mock(side_effect=AssertionError("a mask became a matrix")))
+
+    return forbid
+
+
 @each_case
-def test_logits_and_gradients_are_those_of_eager_mode(case, monkeypatch):
+def test_logits_and_gradients_are_those_of_eager_mode(case, no_matrices):
     eager_logits, eager_gradients = results(make_model(case.model, case.config, "eager"), case)
     if case.bands:
-        monkeypatch.setattr(masking_utils, "sdpa_mask", Mock(side_effect=AssertionError("a mask became a matrix")))
+        no_matrices()
     logits, gradients = results(make_model(case.model, case.config, integration.NAME), case)
     assert relative_error(logits, eager_logits) < TOLERANCE
     assert gradients.keys() == eager_gradients.keys()
@@ -214,20 +227,28 @@ def test_packed_sequences_are_those_sequences_alone():
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=1e-4)
 
 
-def test_cu_seqlens_separate_sequences():
-    """Positions alone would not tell here, and the library's own functions ignore them outside of flash_attn."""
+@pytest.mark.parametrize("positions", ["in a row", "of each sequence"])
+def test_cu_seqlens_separate_sequences(positions, no_matrices):
+    """Positions in a row would not tell, and the library's own functions ignore the ends outside of flash_attn."""
     model = make_model(tf.Gemma2ForCausalLM, GEMMA, integration.NAME)
+    no_matrices()
     lengths = torch.tensor([0, 3, 8, 11], dtype=torch.int32, device=DEVICE)
     ends = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
-    positions = torch.arange(LENGTH, device=DEVICE)[None]
-    together = model(input_ids=TOKENS[:1], use_cache=False).logits
-    packed = model(input_ids=TOKENS[:1], position_ids=positions, use_cache=False, **ends).logits
-    alone = [
-        model(input_ids=part, position_ids=positions[:, start : start + part.shape[1]], use_cache=False)
-        for part, start in zip(TOKENS[:1].split([3, 5, 3], dim=1), (0, 3, 8), strict=True)
-    ]
-    torch.testing.assert_close(packed, torch.cat([part.logits for part in alone], dim=1), rtol=0, atol=1e-4)
+    ids = PACKED[:1] if positions == "of each sequence" else torch.arange(LENGTH, device=DEVICE)[None]
+    together = model(input_ids=TOKENS, use_cache=False).logits
+    packed = model(input_ids=TOKENS, position_ids=ids, use_cache=False, **ends).logits  # both entries of the batch
+    parts = zip(TOKENS.split([3, 5, 3], dim=1), ids.split([3, 5, 3], dim=1), strict=True)
+    alone = [model(input_ids=tokens, position_ids=some, use_cache=False).logits for tokens, some in parts]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=1e-4)
     assert relative_error(packed, together) > 1e-2
+    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    packed, alone = (
+        torch.autograd.grad((logits * weights).sum(), [*model.parameters()])
+        for logits in (packed, torch.cat(alone, dim=1))
+    )
+    smallest = 1e-2 * max(gradient.abs().max() for gradient in alone)
+    errors = [relative_error(gradient, true, smallest) for gradient, true in zip(packed, alone, strict=True)]
+    assert max(errors) < 10 * TOLERANCE
 
 
 GENERATING = {
@@ -380,6 +401,44 @@ def test_bands_are_the_librarys_masks(function, window, lengths, padding_length)
     assert torch.equal(mask.matrix(), true)
 
 
+SEQUENCES = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1]])  # of the positions of two entries of a batch
+
+
+def packed_mask(function, window=None):
+    both = masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(SEQUENCES))
+    return make_mask(both, window, (7, 7, 0, 0))
+
+
+@pytest.mark.parametrize(("function", "window"), BANDS.values(), ids=BANDS)
+def test_packed_sequences_are_boundaries_and_a_band(function, window, no_matrices):
+    mask = packed_mask(function, window)
+    assert mask.boundaries.tolist() == [0, 3, 6, 7, 8, 14]
+    q, k, v = (torch.randn(2, 2, 7, 8) for _ in range(3))
+    addend = torch.randn(2, 2, 7, 7)
+    arguments = {"query": q, "key": k, "value": v}
+    for bias in (addend, None):
+        expected = call(**arguments, attention_mask=mask.matrix(), position_bias=bias)
+        if bias is None:
+            no_matrices()
+        torch.testing.assert_close(call(**arguments, attention_mask=mask, position_bias=bias), expected)
+
+
+@pytest.mark.parametrize("further", [None, "a mask of keys", "a bias"])
+def test_cu_seqlens_beside_what_the_mask_says(further):
+    """Sequences end where either says so."""
+    q, k, v = (torch.randn(2, 2, 7, 8) for _ in range(3))
+    addend = torch.randn(1, 2, 7, 7) if further == "a bias" else None
+    padding = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 1]]).bool() if "keys" in str(further) else None
+    ends = torch.tensor([0, 4, 7], dtype=torch.int32)
+    same = (torch.arange(7) < 4) == (torch.arange(7)[:, None] < 4)
+    masks = [make_mask(masking_utils.causal_mask_function, None, (7, 7, 0, 0), padding)]
+    masks += [packed_mask(masking_utils.causal_mask_function)] if padding is None else []
+    for mask in masks:
+        arguments = {"query": q, "key": k, "value": v, "position_bias": addend}
+        found = call(**arguments, attention_mask=mask, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+        torch.testing.assert_close(found, call(**arguments, attention_mask=mask.matrix() & same))
+
+
 def test_padding_that_hides_nothing_costs_nothing():
     mask = make_mask(masking_utils.causal_mask_function, None, (7, 7, 0, 0), torch.ones(2, 7, dtype=torch.bool))
     assert mask.keys is None
@@ -395,10 +454,22 @@ def chunked(chunk):
         (masking_utils.sliding_window_causal_mask_function(4), 3, (7, 7, 0, 0)),  # of another width than is said
         (chunked(3), 3, (7, 7, 0, 0)),
         (masking_utils.and_masks(masking_utils.causal_mask_function), None, (7, 7, 0, 0)),
+        (  # of two kinds of sequences
+            masking_utils.and_masks(*2 * [masking_utils.packed_sequence_mask_function(torch.zeros(2, 7))]),
+            None,
+            (7, 7, 0, 0),
+        ),
         (
             masking_utils.or_masks(masking_utils.sliding_window_overlay(3), masking_utils.causal_mask_function),
             3,
             (7, 7, 0, 0),
+        ),
+        (  # of which there is more than the queries
+            masking_utils.and_masks(
+                masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(torch.zeros(2, 9))
+            ),
+            None,
+            (3, 9, 6, 0),
         ),
         (lambda batch, head, query, key: key <= query, None, (7, 7, 0, 0)),
         (masking_utils.causal_mask_function, None, (3, 9, 2, 0)),  # the diagonal ends in no corner
@@ -522,3 +593,13 @@ def test_compiled_layers_notice_another_mask():
         arguments = {"input_ids": TOKENS, "attention_mask": padding, "use_cache": False}
         logits, true = (model(**arguments).logits[padding.bool()] for model in (ours, eager))
         assert relative_error(logits, true) < TOLERANCE
+
+
+@pytest.mark.usefixtures("_compile_afresh")
+def test_compiled_layers_notice_other_packed_sequences():
+    ours, eager = both(tf.Gemma2ForCausalLM, GEMMA)
+    for layer in ours.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for positions in (PACKED, PACKED.flip(0), torch.arange(LENGTH, device=DEVICE).expand(2, -1)):
+        arguments = {"input_ids": TOKENS, "position_ids": positions, "use_cache": False}
+        assert relative_error(*(model(**arguments).logits for model in (ours, eager))) < TOLERANCE

@@ -6,14 +6,16 @@
     model = AutoModelForCausalLM.from_config(config, attn_implementation="triton_attention")
 
 Two functions are registered: the one that models call for attention, and the one that makes their masks. What the mask
-of a model has to say is mostly a band (causal, window) and which keys are padding; `BandMask` says that without a
-matrix. Everything else (packed sequences, chunks, masks of a user's own) is a matrix, a bool one, and exact as well.
+of a model has to say is mostly a band (causal, window), which keys are padding, and where packed sequences begin;
+`BandMask` says that without a matrix. Everything else (chunks, masks of a user's own) is a matrix, a bool one, and
+exact as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import getclosurevars
 from types import FunctionType
 from typing import Any
 
@@ -82,7 +84,7 @@ def attention_forward(
         position_bias: an addend as T5 has it, (1 or batch, heads, seqlen_q, seqlen_k); it gets its gradient.
         softcap: bound of the scaled scores; None = none.
         s_aux: (heads,), the logits of attention sinks.
-        cu_seq_lens_q: (sequences + 1,), where the packed sequences begin and end: none sees another.
+        cu_seq_lens_q: (sequences + 1,), where packed sequences begin and end in each batch entry: none sees another.
         cu_seq_lens_k: likewise, of the keys.
         kwargs: further ones are ignored, as by the library's own functions, but for those that change the result.
 
@@ -94,13 +96,16 @@ def attention_forward(
         TypeError, ValueError: as `triton_attention.attention`.
     """
     _check_further_arguments(kwargs)
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    batch, seqlen_q, seqlen_k = query.shape[0], query.shape[2], key.shape[2]
+    boundaries = None
+    if isinstance(attention_mask, BandMask) and attention_mask.boundaries is not None and position_bias is not None:
+        attention_mask = attention_mask.matrix()  # the bias counts positions from the first sequence on
     if isinstance(attention_mask, BandMask):
         if attention_mask.shape[2:] != (seqlen_q, seqlen_k):
             raise ValueError(
                 f"attention_mask must be for {seqlen_q} queries and {seqlen_k} keys, got {tuple(attention_mask.shape)}"
             )
-        band, bias = attention_mask.band, attention_mask.keys
+        band, bias, boundaries = attention_mask.band, attention_mask.keys, attention_mask.boundaries
     elif attention_mask is not None:
         band, bias = Mask(), _unexpanded(attention_mask)
     else:
@@ -112,17 +117,24 @@ def attention_forward(
                 "cu_seq_lens_q and cu_seq_lens_k must be of the same packed sequences, with as many keys as queries, "
                 f"got {cu_seq_lens_q} and {cu_seq_lens_k} for {seqlen_q} queries and {seqlen_k} keys"
             )
-        bias = _sum(_same_sequence(cu_seq_lens_q, cu_seq_lens_k, seqlen_q, seqlen_k), bias)
+        if bias is not None or position_bias is not None:
+            bias = _sum(_same_sequence(cu_seq_lens_q, cu_seq_lens_k, seqlen_q, seqlen_k), bias)
+            cu_seq_lens_q = cu_seq_lens_k = None
     if position_bias is not None:
         bias = _sum(_unexpanded(position_bias), bias)
-    out, _ = run(
-        Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, sink=s_aux),
-        mask=band,
-        softmax_scale=scaling,
-        softcap=softcap or 0.0,
-        dropout_p=dropout,
+    inputs = Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, sink=s_aux)
+    attend = partial(run, mask=band, softmax_scale=scaling, softcap=softcap or 0.0, dropout_p=dropout)
+    if boundaries is None and cu_seq_lens_q is None:
+        return attend(inputs)[0], None
+    packed = inputs._replace(
+        q=inputs.q.flatten(0, 1),
+        k=inputs.k.flatten(0, 1),
+        v=inputs.v.flatten(0, 1),
+        cu_seqlens_q=_all_boundaries(boundaries, cu_seq_lens_q, batch, seqlen_q),
+        cu_seqlens_k=_all_boundaries(boundaries, cu_seq_lens_k, batch, seqlen_k),
     )
-    return out, None
+    out, _ = attend(packed, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k)
+    return out.unflatten(0, (batch, seqlen_q)), None
 
 
 def attention_mask(
@@ -165,7 +177,11 @@ def attention_mask(
         "local_size": local_size,
         "device": device,
     }
-    sides = None if torch.compiler.is_compiling() else _sides(mask_function, local_size)
+    sides, sequences = None, None
+    if not torch.compiler.is_compiling():
+        within, sequences = _unpacked(mask_function)
+        if sequences is None or (attention_mask is None and q_length == kv_length):
+            sides = _sides(within, local_size)
     if sides is None or isinstance(q_offset, Tensor) or q_offset not in (kv_offset, kv_offset + kv_length - q_length):
         matrix: Tensor | None = library.sdpa_mask(**arguments, **kwargs)
         return matrix
@@ -180,13 +196,15 @@ def attention_mask(
         (batch_size, 1, q_length, kv_length),
         band,
         None if keys is None or keys.all() else keys,
+        None if sequences is None else _boundaries(sequences),
         partial(library.sdpa_mask, **arguments, **(kwargs | everything)),
         device,
     )
 
 
 class BandMask(Tensor):
-    """A bool mask (batch, 1, seqlen_q, seqlen_k), True = may attend, that is a band and perhaps a mask of keys.
+    """A bool mask (batch, 1, seqlen_q, seqlen_k), True = may attend, that is a band and perhaps a mask of keys, or
+    a band within each of the sequences that are packed.
 
     It takes no memory. Any operation on it, a slice or a sum, sees the matrix, so that code that knows nothing of
     bands loses nothing.
@@ -194,11 +212,14 @@ class BandMask(Tensor):
     Attributes:
         band: which keys a query may see by position.
         keys: (1 or batch, 1, 1, seqlen_k) bool, True = may be attended; None = all.
+        boundaries: (sequences + 1,) int32, where packed sequences begin and the last one ends, in the rows of the whole
+            batch; None = nothing is packed.
         matrix: makes the mask as a matrix.
     """
 
     band: Mask
     keys: Tensor | None
+    boundaries: Tensor | None
     matrix: Callable[[], Tensor]
 
     @staticmethod
@@ -207,11 +228,12 @@ class BandMask(Tensor):
         shape: tuple[int, int, int, int],
         band: Mask,
         keys: Tensor | None,
+        boundaries: Tensor | None,
         matrix: Callable[[], Tensor],
         device: torch.device | str,
     ) -> BandMask:
         mask: BandMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
-        mask.band, mask.keys, mask.matrix = band, keys, matrix
+        mask.band, mask.keys, mask.boundaries, mask.matrix = band, keys, boundaries, matrix
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as PyTorch advises
@@ -260,6 +282,49 @@ def _sides(mask_function: Callable[..., Tensor], local_size: int | None) -> tupl
         bands.append((library.sliding_window_causal_mask_function(local_size), local_size - 1, 0))
         bands.append((library.sliding_window_bidirectional_mask_function(local_size), local_size, local_size))
     return next(((left, right) for known, left, right in bands if _alike(mask_function, known)), None)
+
+
+def _unpacked(mask_function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Tensor | None]:
+    """(what a mask of packed sequences is within each, (batch, length) which sequence a position is of).
+
+    Of another mask, or one that is not known to be one: itself, and None.
+    """
+    parts = _closed_over(mask_function, library.and_masks(library.causal_mask_function)).get("mask_functions", ())
+    one = library.packed_sequence_mask_function(torch.empty(0))
+    sequences = [_closed_over(part, one).get("packed_sequence_mask") for part in parts]
+    others = [part for part, found in zip(parts, sequences, strict=True) if found is None]
+    if len(parts) != 2 or len(others) != 1:
+        return mask_function, None
+    (within,) = others
+    if hasattr(library, "remap_positions_for_packed_sequence"):  # to those in the sequence: a band is the same there
+        remapped = library.remap_positions_for_packed_sequence(within, torch.empty(0))
+        within = _closed_over(within, remapped).get("mask_function", within)
+    return within, next(found for found in sequences if found is not None)
+
+
+def _closed_over(function: object, known: FunctionType) -> dict[str, Any]:
+    """What a function closes over, by name, if it comes from the same code as one that is known; else nothing."""
+    if not isinstance(function, FunctionType) or function.__code__ is not known.__code__:
+        return {}
+    return dict(getclosurevars(function).nonlocals)
+
+
+def _boundaries(sequences: Tensor) -> Tensor:
+    """(sequences + 1,) int32: the rows of the batch where the number of the sequence, (batch, length), is another."""
+    begins = torch.ones_like(sequences, dtype=torch.bool)
+    begins[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
+    return nn.functional.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=sequences.numel()).int()
+
+
+def _all_boundaries(boundaries: Tensor | None, cu_seq_lens: Tensor | None, batch: int, seqlen: int) -> Tensor:
+    """Where sequences begin in the rows of the batch: where the mask says so, and where `cu_seq_lens` does, which is
+    about each batch entry. Where both do there is an empty sequence."""
+    if cu_seq_lens is None:
+        assert boundaries is not None  # one of the two is there
+        return boundaries
+    entries = seqlen * torch.arange(batch + 1, device=cu_seq_lens.device)
+    begins = [entries, (entries[:-1, None] + cu_seq_lens.clamp(0, seqlen)).flatten()]
+    return torch.cat(begins if boundaries is None else [*begins, boundaries]).sort().values.int()
 
 
 def _alike(one: object, other: object) -> bool:
