@@ -44,7 +44,7 @@ lint: $(ENVIRONMENT)  ## formatting, style and types
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU; they write tests/gpu_report.json
 	@$(PYTHON) tests/gpu/precompile.py
-	@$(PYTHON) -m pytest tests/gpu -q -n 8 $(if $(COMMIT),--commit $(COMMIT))
+	@DEVICE=cuda $(PYTHON) -m pytest tests/gpu tests/integrations -q -n 8 $(if $(COMMIT),--commit $(COMMIT))
 
 fuzz-gpu: $(ENVIRONMENT)  ## random problems against float64: make fuzz-gpu [SECONDS=300] [BACKEND=portable] [SEED=0]
 	@$(PYTHON) -m triton_attention.testing.fuzz --backend $(or $(BACKEND),portable) --seconds $(or $(SECONDS),300) \

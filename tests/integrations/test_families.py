@@ -1,10 +1,11 @@
 """Do models of many families compute on this package what they compute in eager mode, with padding and without?
 
 `test_transformers.py` looks closely at few; here many are looked at once, so that a family shows which hands attention
-something that is not known there.
+something that is not known there. On a GPU: DEVICE=cuda python -m pytest tests/integrations
 """
 
 import copy
+import os
 
 import pytest
 
@@ -18,9 +19,10 @@ from triton_attention.integrations import transformers as integration
 integration.register()
 
 TOLERANCE = 1e-5  # of the largest value
-TOKENS = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(1))
-EXISTS = torch.tensor([[1] * 11, [1] * 8 + [0] * 3])
-PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+DEVICE = os.environ.get("DEVICE", "cpu")
+TOKENS = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+EXISTS = torch.tensor([[1] * 11, [1] * 8 + [0] * 3], device=DEVICE)
+PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIAL = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -82,7 +84,7 @@ def make_model(name, config, implementation):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
-    return model
+    return model.to(DEVICE)
 
 
 @torch.no_grad()
