@@ -81,6 +81,7 @@ FACES = {
     "mask": Face(masked, with_bias(1, 1, 1, "k")),
     "softcap, ALiBi, sink": Face(capped, with_sink),
     "autocast": Face(under_autocast, bshd),
+    "deterministic": Face(partial(attention, deterministic=True), bshd),
     "flash_attn": Face(partial(flash_attn.flash_attn_func, causal=True), bshd),
     "flash_attn, probs": Face(
         lambda q, k, v: flash_attn.flash_attn_func(q, k, v, 0.0, None, False, (4, 0), return_attn_probs=True)[:2], bshd
@@ -127,23 +128,52 @@ def test_one_graph_for_all_lengths(monkeypatch, face):
     assert run_forward.call_count == 2 * len(LENGTHS)  # compiled and eager, and no other backend
 
 
-def test_packed_sequences_are_one_graph_for_all_lengths():
-    def capped(q, k, v, bias, starts_q, starts_k, max_seqlen_q, max_seqlen_k):
-        return attention_varlen(
-            q, k, v, bias=bias, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k, causal=True, softcap=2.0,
-        )  # fmt: skip
+def packed_rows(seqlen_q, seqlen_k):
+    """q, k and v of two sequences: the first has 2 queries and 2 keys, the second these lengths."""
+    return (seqlen_q + 2, 2, 16), (seqlen_k + 2, 1, 16), (seqlen_k + 2, 1, 16)
 
-    compiled = torch.compile(capped, fullgraph=True, dynamic=True, backend="aot_eager")
+
+def varlen(q, k, v, *further, starts_q, starts_k, max_seqlen_q, max_seqlen_k):
+    """The further one is a bias, or a sink, which then has ALiBi beside it."""
+    (further,) = further
+    features = {"bias": further} if further.dim() > 1 else {"sink": further, "alibi_slopes": torch.tensor([0.1, 0.2])}
+    return attention_varlen(
+        q, k, v, **features, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, causal=True, softcap=2.0,
+    )  # fmt: skip
+
+
+def in_order(function):
+    """Of flash_attn's functions for packed sequences, which take boundaries and lengths by position."""
+    return lambda *leaves, starts_q, starts_k, max_seqlen_q, max_seqlen_k: function(
+        *leaves, starts_q, starts_k, max_seqlen_q, max_seqlen_k, causal=True
+    )
+
+
+def of_qkv(qkv, *, starts_q, starts_k, max_seqlen_q, max_seqlen_k):
+    return flash_attn.flash_attn_varlen_qkvpacked_func(qkv, starts_q, max_seqlen_q, window_size=(4, 0))
+
+
+PACKED_FACES = {
+    "bias": Face(varlen, lambda q, k: (*packed_rows(q, k), (2, q, k))),
+    "ALiBi, sink": Face(varlen, lambda q, k: (*packed_rows(q, k), (2,))),
+    "flash_attn": Face(in_order(flash_attn.flash_attn_varlen_func), packed_rows),
+    "flash_attn, kv": Face(
+        in_order(flash_attn.flash_attn_varlen_kvpacked_func), lambda q, k: ((q + 2, 1, 16), (k + 2, 2, 1, 16))
+    ),
+    "flash_attn, qkv": Face(of_qkv, lambda q, k: ((q + 2, 3, 1, 16),)),
+}
+
+
+@pytest.mark.parametrize("face", PACKED_FACES.values(), ids=PACKED_FACES)
+def test_packed_sequences_are_one_graph_for_all_lengths(face):
+    compiled = torch.compile(face.function, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seqlen_q, seqlen_k in LENGTHS:
-            starts = [torch.tensor([0, 2, n + 2], dtype=torch.int32) for n in (seqlen_q, seqlen_k)]
-            shapes = ((seqlen_q + 2, 2, 16), (seqlen_k + 2, 1, 16), (seqlen_k + 2, 1, 16), (2, seqlen_q, seqlen_k))
-            leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
-            outcomes = []
-            for function in (compiled, capped):
-                out = function(*leaves, *starts, seqlen_q, seqlen_k)
-                outcomes.append((out, torch.autograd.grad(out.square().sum(), leaves)))
+            starts_q, starts_k = (torch.tensor([0, 2, n + 2], dtype=torch.int32) for n in (seqlen_q, seqlen_k))
+            sizes = {"starts_q": starts_q, "starts_k": starts_k, "max_seqlen_q": seqlen_q, "max_seqlen_k": seqlen_k}
+            leaves = make_leaves(face, seqlen_q, seqlen_k)
+            outcomes = [results(partial(function, **sizes), leaves) for function in (compiled, face.function)]
             torch.testing.assert_close(*outcomes)
 
 
