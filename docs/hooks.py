@@ -93,7 +93,7 @@ def _problem(device: str, arguments: dict[str, Any]) -> tuple[str, Problem]:
 
 
 def _calls() -> dict[str, dict[str, Any]]:
-    """kind of call -> the arguments of `attention`."""
+    """kind of call -> the arguments of `attention`, or of `attention_varlen`."""
 
     def qkv(dtype: torch.dtype = torch.bfloat16, **changes: int) -> dict[str, Any]:
         size = {"heads_kv": 16, "seqlen_k": 1024, "head_dim": 64, "head_dim_v": 64} | changes
@@ -102,6 +102,9 @@ def _calls() -> dict[str, dict[str, Any]]:
         return {"q": q, "k": k, "v": _empty(2, size["seqlen_k"], size["heads_kv"], size["head_dim_v"], dtype=dtype)}
 
     plain = qkv()
+    starts = torch.empty(3, dtype=torch.int32, device="meta")
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 1024, "max_seqlen_k": 1024}
+    packed = {name: _empty(2048, 16, 64) for name in ("q", "k", "v")} | lengths
     return {
         "bfloat16 or float16": plain,
         "float32": qkv(torch.float32),
@@ -122,6 +125,8 @@ def _calls() -> dict[str, dict[str, Any]]:
         "ALiBi": plain | {"alibi_slopes": torch.empty(16, device="meta")},
         "attention sink": plain | {"sink": _empty(16)},
         "dropout": plain | {"dropout_p": 0.1},
+        "packed sequences": packed,
+        "packed sequences, with a bias": packed | {"bias": _empty(1, 16, 1024, 1024)},
     }
 
 
