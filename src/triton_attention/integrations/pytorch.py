@@ -7,7 +7,7 @@
     ...
     torch.nn.attention.restore_flash_attention_impl()
 
-PyTorch keeps a registry of what its backend FLASH_ATTENTION runs (2.13 does). It decides as ever which calls go there:
+PyTorch keeps a registry of what its backend FLASH_ATTENTION runs (2.11 does). It decides as ever which calls go there:
 those on a GPU in float16 or bfloat16, of one head dim, without a mask or causal with as many keys as queries; in
 `torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)` there is no other choice. Calls with a mask or a bias never
 come here: `triton_attention.compat.sdpa` takes those. Nested tensors stay with PyTorch's own kernels.
