@@ -574,12 +574,14 @@ def _compile_afresh():
 
 
 @pytest.mark.usefixtures("_compile_afresh")
-@pytest.mark.parametrize("padding", [None, LEFT_PADDED], ids=["all", "padded"])
-def test_a_compiled_model(padding):
+@pytest.mark.parametrize(
+    ("padding", "positions"), [(None, None), (LEFT_PADDED, None), (None, PACKED)], ids=["all", "padded", "packed"]
+)
+def test_a_compiled_model(padding, positions):
     ours, eager = both(tf.Gemma2ForCausalLM, GEMMA)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     real = slice(None) if padding is None else padding.bool()
-    arguments = {"input_ids": TOKENS, "attention_mask": padding, "use_cache": False}
+    arguments = {"input_ids": TOKENS, "attention_mask": padding, "position_ids": positions, "use_cache": False}
     assert relative_error(compiled(**arguments).logits[real], eager(**arguments).logits[real]) < TOLERANCE
 
 
