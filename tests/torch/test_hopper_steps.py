@@ -1,15 +1,19 @@
 """Do the programs of the Hopper backward visit every block of keys once, and in the order in which operands come?"""
 
+import random
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gluon_as_python import as_python, language
 
 from triton_attention.hopper import backward_walk
-from triton_attention.hopper.configs import BackwardSpec, takes_blocks_in_turn
 from triton_attention.hopper.plan_backward import _splits, plan_backward
 from triton_attention.problem import NO_EXTRAS, Mask
 
 SMS = 3
+SLOTS = 4  # of `backward_walk.new_turns`
 MASKS = [Mask(), Mask(None, 0), Mask(None, 0, top_left=True), Mask(70, 40), Mask(20, -30)]
 
 
@@ -19,31 +23,122 @@ def keys_launch(mask, seqlen_q, seqlen_k):
     return plan_backward(q, None, q, k, k, None, q, lse, mask, 0.1, False, NO_EXTRAS, False, SMS).launches[1]
 
 
+class Dealt:
+    """The turns of a program, whose blocks after the first are dealt beforehand; after them come `end` and more."""
+
+    def __init__(self, numbers, end):
+        self.tickets, self.end, self.told = list(numbers), end, {}
+
+    def take(self):
+        return self.tickets.pop(0) if self.tickets else self.end
+
+    def announce(self, i, number):
+        assert i not in self.told
+        self.told[i] = number
+
+
+def walking(launch, program):
+    """The functions of the walk as those of Python; a number is asked for after it was announced, or the program hangs."""
+    return SimpleNamespace(
+        **{
+            name: as_python(
+                getattr(backward_walk, name),
+                language(program, launch.programs),
+                take=Dealt.take,
+                announce=Dealt.announce,
+                number_of=lambda turns, i, call, spec, tile: turns.told[i],
+            )
+            for name in ("num_blocks", "block_of", "first_step", "following")
+        }
+    )
+
+
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 1000), (1, 64), (700, 130), (64, 2000)])
 def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqlen_k):
     launch = keys_launch(mask, seqlen_q, seqlen_k)
     call, spec, tile = launch.arguments[-1].value, launch.spec, launch.tile
+    assert tile.STAGES < SLOTS
     assert launch.programs == SMS or launch.programs < 2 * SMS  # several blocks each, where there are as many
     visited = []
     program = [0]
-    stand_in = language(program, launch.programs)
-    names = ("num_blocks", "block_of", "first_step", "following")
-    num_blocks, block_of, first_step, following = (as_python(getattr(backward_walk, name), stand_in) for name in names)
-    blocks = num_blocks(call, spec, tile)
+    walk = walking(launch, program)
+    blocks = walk.num_blocks(call, spec, tile)
+    owner = [random.Random(0).randrange(launch.programs) for _ in range(blocks)]
     for program[0] in range(launch.programs):
-        to_send = first_step(call, spec, tile)
-        for number in range(program[0], blocks, launch.programs):
-            block = block_of(number, call, spec, tile)
+        turns = Dealt([number for number in range(launch.programs, blocks) if owner[number] == program[0]], blocks)
+        numbers = [program[0], *turns.tickets]
+        to_send = walk.first_step(turns, call, spec, tile)
+        steps_of = []  # of each step sent, which block of the program's it is for
+
+        def send(to_send, steps_of=steps_of, turns=turns):
+            steps_of.append(to_send.i)
+            to_send = walk.following(to_send, turns, call, spec, tile)
+            # Consumers have left the step STAGES ago, and so read its block's number: what is told now is not in the
+            # slot of a later one.
+            read = steps_of[max(len(steps_of) - 1 - tile.STAGES, 0)]
+            assert max(turns.told) - SLOTS <= read
+            return to_send
+
+        sent = [(to_send.number, to_send.head, to_send.m)]
+        for _ in range(tile.STAGES):
+            if to_send.number < blocks:
+                to_send = send(to_send)
+                sent.append((to_send.number, to_send.head, to_send.m))
+        step = 0
+        for i, number in enumerate(numbers):
+            if tile.KEYS_STAGES > 1:
+                assert turns.told[i + 1] == [*numbers, blocks][i + 1]  # else the assistant waits for itself
+            block = walk.block_of(number, call, spec, tile)
             visited.append((block.batch, block.head_kv, block.start_n))
             assert 0 <= block.first < block.last <= -(-seqlen_q // 64)
             for head in range(block.head_kv * call.group, (block.head_kv + 1) * call.group):
                 for m in range(block.first, block.last):
-                    assert to_send == (head, m, block, number)
-                    to_send = following(to_send, call, spec, tile)
+                    if step > 0 and to_send.number < blocks:
+                        to_send = send(to_send)
+                        sent.append((to_send.number, to_send.head, to_send.m))
+                    assert sent[step] == (number, head, m)
+                    step += 1
+            assert turns.told[i + 1] == [*numbers, blocks][i + 1]
         assert to_send.number >= blocks
     rows = 64 * tile.CONSUMERS
     assert sorted(visited) == [(b, h, n) for b in range(2) for h in range(2) for n in range(0, seqlen_k, rows)]
+
+
+class Slots:
+    """Shared memory and barriers of `SLOTS` slots: a wait for a phase that is not over yet fails here."""
+
+    def __init__(self):
+        self.shape = (SLOTS, 32)
+        self.stored, self.phases = [None] * SLOTS, [0] * SLOTS
+
+    def index(self, slot):
+        return SimpleNamespace(
+            slot=slot,
+            store=partial(self.stored.__setitem__, slot),
+            slice=lambda start, length: SimpleNamespace(load=lambda layout: torch.tensor([self.stored[slot]])),
+        )
+
+    def arrive(self, barrier, count):
+        self.phases[barrier.slot] += count
+
+    def wait(self, barrier, parity):
+        if self.phases[barrier.slot] % 2 == parity:
+            raise TimeoutError
+
+
+def test_a_number_is_heard_when_it_was_told():
+    slots = Slots()
+    turns = backward_walk.Turns(0, slots, slots)
+    stand_in = language([0], SMS)
+    announce, number_of = (
+        as_python(function, stand_in, mbarrier=slots) for function in (backward_walk.announce, backward_walk.number_of)
+    )
+    for i in range(1, 5 * SLOTS):
+        with pytest.raises(TimeoutError):
+            number_of(turns, i, None, None, None)
+        announce(turns, i, 10 * i)
+        assert number_of(turns, i, None, None, None) == SMS + 10 * i
 
 
 def test_a_block_that_no_query_sees_has_one_step_all_masked():
@@ -53,17 +148,6 @@ def test_a_block_that_no_query_sees_has_one_step_all_masked():
     assert block.start_n >= 64
     assert (block.first, block.last) == (0, 1)
     assert not block.full_first <= 0 < block.full_last
-
-
-def test_which_blocks_are_taken_in_turn():
-    full, causal = BackwardSpec(64, 64, False, False), BackwardSpec(64, 64, False, True)
-    wide, packed = BackwardSpec(128, 128, False, False), BackwardSpec(64, 64, False, False, VARLEN=True)
-    assert takes_blocks_in_turn(full, 10**6)
-    assert takes_blocks_in_turn(causal, 1024)
-    assert not takes_blocks_in_turn(causal, 1025)
-    assert takes_blocks_in_turn(wide, 1024)
-    assert not takes_blocks_in_turn(wide, 1025)
-    assert not takes_blocks_in_turn(packed, 64)
 
 
 @pytest.mark.parametrize(

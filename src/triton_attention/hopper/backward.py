@@ -27,7 +27,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared, reinterpret
 from triton_attention.hopper.backward_call import call_of_own_block
-from triton_attention.hopper.backward_walk import Step, block_of, first_step, following, num_blocks
+from triton_attention.hopper.backward_walk import (
+    announce,
+    block_of,
+    first_step,
+    following,
+    new_turns,
+    num_blocks,
+    number_of,
+    take,
+)
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,
@@ -87,6 +96,7 @@ class Channels(NamedTuple):
     v: object
     dscores: object
     keys_read: object  # (KEYS_STAGES, 1) barriers: the assistant is done with k
+    turns: object  # which blocks of keys: see `backward_walk.Turns`
 
 
 @gluon.jit
@@ -119,20 +129,19 @@ def send_keys(channels, inputs, i, block, SPEC: gl.constexpr, TILE: gl.constexpr
 
 
 @gluon.jit
-def send_queries(channels, inputs, i, step, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Copy the operands of the i-th step, when the consumers are done with what was in their place."""
+def send_queries(channels, inputs, step, head, m, block, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Copy the operands of a step, block m of the queries of a head, when consumers are done with what was there."""
     SLOTS: gl.constexpr = TILE.STAGES
     PARTS: gl.constexpr = TILE.CONSUMERS
-    slot = i % SLOTS
-    batch = step.block.batch
-    head = step.head
-    start_m = step.m * TILE.BLOCK_M
-    wait_empty(channels.q, i)
+    slot = step % SLOTS
+    batch = block.batch
+    start_m = m * TILE.BLOCK_M
+    wait_empty(channels.q, step)
     full = channels.q.full.index(slot)
     if SPEC.BIAS_ROWS:
         mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
         for part in gl.static_range(PARTS):
-            place = [batch, head, start_m, step.block.start_n + part * WARPGROUP_ROWS]
+            place = [batch, head, start_m, block.start_n + part * WARPGROUP_ROWS]
             copy_to_shared(inputs.bias, place, full, channels.bias.index(slot * PARTS + part))
     else:
         mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows))
@@ -145,7 +154,7 @@ def send_queries(channels, inputs, i, step, call, SPEC: gl.constexpr, TILE: gl.c
     for number in gl.static_range(2):
         place = [numbers_batch, head, number, first_number]
         copy_to_shared(inputs.rows, place, full, channels.rows.index(slot * 2 + number))
-    batch, start_m = place_of_queries(start_m, batch, step.block.sequence, SPEC)
+    batch, start_m = place_of_queries(start_m, batch, block.sequence, SPEC)
     place = coordinates(inputs.q, batch, head, start_m, 0)
     copy_to_shared(inputs.q, place, full, channels.q.tiles.index(slot))
     full = channels.dout.full.index(slot)
@@ -239,7 +248,8 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     step = 0
     i = 0
-    for number in range(gl.program_id(0), num_blocks(call, SPEC, TILE), gl.num_programs(0)):
+    number = gl.program_id(0)
+    while number < num_blocks(call, SPEC, TILE):
         block = block_of(number, call, SPEC, TILE)
         start_n = block.start_n + INDEX * WARPGROUP_ROWS
         dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
@@ -307,6 +317,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
         release(channels.v, i)
         release(channels.k, i)
         i += 1
+        number = number_of(channels.turns, i, call, SPEC, TILE)
 
 
 @gluon.jit
@@ -314,19 +325,23 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """A producer warp: it copies the operands of one step after the other."""
     step = 0
     i = 0
-    for number in range(gl.program_id(0), num_blocks(call, SPEC, TILE), gl.num_programs(0)):
+    number = gl.program_id(0)
+    while number < num_blocks(call, SPEC, TILE):
+        ticket = take(channels.turns)
         block = block_of(number, call, SPEC, TILE)
         if SPEC.VARLEN:  # perhaps no query sees them
             send_keys(channels, inputs, i, block, SPEC, TILE)
         for member in range(call.group):
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
-                send_queries(channels, inputs, step, Step(head, m, block, number), call, SPEC, TILE)
+                send_queries(channels, inputs, step, head, m, block, call, SPEC, TILE)
                 if not SPEC.VARLEN:
                     if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
                         send_keys(channels, inputs, i, block, SPEC, TILE)
                 step += 1
         i += 1
+        announce(channels.turns, i, ticket)
+        number = number_of(channels.turns, i, call, SPEC, TILE)
 
 
 @gluon.jit
@@ -354,31 +369,37 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     ROWS: gl.constexpr = BLOCK_M * COLUMNS // PANEL
     K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
     AHEAD: gl.constexpr = TILE.KEYS_STAGES - 1  # blocks of keys
+    turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
-    programs = gl.num_programs(0)
     zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
     blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
-    to_send = first_step(call, SPEC, TILE)
+    to_send = first_step(turns, call, SPEC, TILE)
     if AHEAD > 0:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
     for step in gl.static_range(STAGES):
         if to_send.number < last_block:
-            send_queries(channels, inputs, step, to_send, call, SPEC, TILE)
-            to_send = following(to_send, call, SPEC, TILE)
+            send_queries(channels, inputs, step, to_send.head, to_send.m, to_send.block, call, SPEC, TILE)
+            to_send = following(to_send, turns, call, SPEC, TILE)
     step = 0
     i = 0
-    for number in range(gl.program_id(0), last_block, programs):
-        ahead = number + AHEAD * programs
-        if ahead < last_block:
-            send_keys(channels, inputs, i + AHEAD, block_of(ahead, call, SPEC, TILE), SPEC, TILE)
+    number = gl.program_id(0)
+    while number < last_block:
+        if AHEAD > 0:
+            keys_of = number_of(turns, i + AHEAD, call, SPEC, TILE)
+        else:
+            keys_of = number
+        if keys_of < last_block:
+            send_keys(channels, inputs, i + AHEAD, block_of(keys_of, call, SPEC, TILE), SPEC, TILE)
         block = block_of(number, call, SPEC, TILE)
         wait_full(channels.k, i)
         for member in range(call.group):
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
                 if step > 0 and to_send.number < last_block:  # the consumers are about done with the step before
-                    send_queries(channels, inputs, step - 1 + STAGES, to_send, call, SPEC, TILE)
-                    to_send = following(to_send, call, SPEC, TILE)
+                    send_queries(
+                        channels, inputs, step - 1 + STAGES, to_send.head, to_send.m, to_send.block, call, SPEC, TILE
+                    )
+                    to_send = following(to_send, turns, call, SPEC, TILE)
                 wait_full(channels.dscores, step)
                 if SPEC.DBIAS == "tile":
                     for part in gl.static_range(PARTS):
@@ -406,6 +427,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                 step += 1
         mbarrier.arrive(channels.keys_read.index(i % TILE.KEYS_STAGES), count=1)
         i += 1
+        number = number_of(turns, i, call, SPEC, TILE)
     tma.store_wait(0)
 
 
@@ -418,7 +440,9 @@ def new_exchange(dtype, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.co
 
 
 @gluon.jit
-def new_channels(inputs, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.constexpr, EXCHANGES: gl.constexpr):
+def new_channels(
+    inputs, counter, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.constexpr, EXCHANGES: gl.constexpr
+):  # fmt: skip
     """READERS consumers read each block of queries; EXCHANGES: one warpgroup leaves tiles of scores for another."""
     STAGES: gl.constexpr = TILE.STAGES
     CONSUMERS: gl.constexpr = TILE.CONSUMERS
@@ -439,15 +463,16 @@ def new_channels(inputs, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.con
         dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, CONSUMERS)
     else:
         dscores = 0
-    return Channels(q, rows, bias_tiles, dout, k, v, dscores, keys_read)
+    turns = new_turns(counter, TILE, 4 if SPEC.DQ == "added" else 1)
+    return Channels(q, rows, bias_tiles, dout, k, v, dscores, keys_read, turns)
 
 
 @gluon.jit
-def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head; and sums of dS K.
 
-    Grid: any number of programs. Together they visit each block of 64 CONSUMERS keys of each key head of each batch
-    entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also these columns of
+    Grid: any number of programs, `counter` being 0. Together they visit each block of 64 CONSUMERS keys of each key head
+    of each batch entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also these columns of
     `dbias` (batch, heads_q, seqlen_q, seqlen_k), written where a key is visible; with "keys" the sums of dS over the
     queries, `dbias` (batch, heads_q, seqlen_k). With SPEC.DQ == "added" a program adds its share to `dq`, in no fixed
     order; everything else is the same bit for bit in every run. Of packed sequences the grid has a program for each
@@ -458,7 +483,7 @@ def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, call, SPEC: gl.c
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(dq, dk, dv, dbias)
     ADDS_DQ: gl.constexpr = SPEC.DQ == "added"
-    channels = new_channels(inputs, SPEC, TILE, TILE.CONSUMERS, ADDS_DQ)
+    channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, ADDS_DQ)
     if ADDS_DQ:
         staging = new_tiles(dq, TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL))
     else:

@@ -1,4 +1,9 @@
-"""In which order do the kernels that own keys visit blocks of them, and which queries see a block?"""
+"""Which blocks of keys does a program visit, in which order, and which queries see a block?
+
+Blocks are numbered, see `block_of`. A program begins with the block of its own number. Then, where there is a counter,
+it takes the next block that nobody has taken, by counting up a number in global memory. The partition that copies
+operands decides, since it is ahead of the others, and announces each number to all.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,9 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from triton_attention.hopper.channel import new_barriers
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.schedule import place_in_section, visible_range
 
@@ -27,6 +34,14 @@ class Block(NamedTuple):
     sequence: object  # a schedule.Sequence where they are packed, else 0
 
 
+class Turns(NamedTuple):
+    """How the partitions of a program learn which block comes next."""
+
+    counter: object  # how many blocks were taken beyond the first of each program; None where that is all there is
+    numbers: object  # (slots, threads) in shared memory; the first counts: the others come along
+    told: object  # (slots, 1) barriers: a number is there
+
+
 class Step(NamedTuple):
     """A block of queries of a head, and the block of keys that it is for."""
 
@@ -34,11 +49,66 @@ class Step(NamedTuple):
     m: object
     block: object
     number: object  # of that block of keys
+    i: object  # how many blocks the program had before
+    ticket: object  # for the next one, and
+    is_secret: object  # whether it is still to be announced
+
+
+@gluon.jit
+def new_turns(counter, TILE: gl.constexpr, WARPS: gl.constexpr):
+    """WARPS: of the partition that decides. It is TILE.STAGES steps ahead of the others at most, and a block has at least
+    one step: with a slot more than that, none is written that is still to be read."""
+    if counter is None:
+        turns = Turns(None, 0, 0)
+    else:
+        SLOTS: gl.constexpr = 4 if TILE.STAGES < 4 else 8
+        LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        numbers = gl.allocate_shared_memory(gl.int32, [SLOTS, 32 * WARPS], LAYOUT)
+        turns = Turns(counter, numbers, new_barriers(SLOTS, 1))
+    return turns
+
+
+@gluon.jit
+def take(turns):
+    """A ticket for the next block, in the first thread. It comes while other things are done: nothing is to be made of it
+    before it is announced."""
+    if turns.counter is None:
+        ticket = 0
+    else:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        THREADS: gl.constexpr = turns.numbers.shape[1]
+        thread = gl.arange(0, THREADS, layout=LAYOUT)
+        one = gl.full([THREADS], 1, gl.int32, LAYOUT)
+        ticket = gl.atomic_add(turns.counter + thread, one, mask=thread == 0, sem="relaxed")
+    return ticket
+
+
+@gluon.jit
+def announce(turns, i, ticket):
+    """The i-th block of this program is that of a ticket; that of i = 0 is not told."""
+    if turns.counter is not None:
+        slot = (i - 1) % turns.numbers.shape[0]
+        turns.numbers.index(slot).store(gl.num_programs(0) + ticket)
+        mbarrier.arrive(turns.told.index(slot), count=1)
+
+
+@gluon.jit
+def number_of(turns, i, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Of the i-th block of this program, i > 0; not below `num_blocks` if it has no more."""
+    if turns.counter is None:
+        number = num_blocks(call, SPEC, TILE)
+    else:
+        SLOTS: gl.constexpr = turns.numbers.shape[0]
+        slot = (i - 1) % SLOTS
+        mbarrier.wait(turns.told.index(slot), (i - 1) // SLOTS & 1)
+        first = turns.numbers.index(slot).slice(0, 1)
+        number = gl.sum(first.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    return number
 
 
 @gluon.jit
 def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Of keys: a program takes every `num_programs`-th, from that of its own number on."""
+    """Of keys."""
     if SPEC.VARLEN:
         blocks = gl.num_programs(0)  # each has one
     else:
@@ -79,24 +149,33 @@ def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def first_step(call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def first_step(turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     number = gl.program_id(0)
     block = block_of(number, call, SPEC, TILE)
-    return Step(block.head_kv * call.group, block.first, block, number)
+    return Step(block.head_kv * call.group, block.first, block, number, 0, take(turns), True)
 
 
 @gluon.jit
-def following(step, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """The step after one: a group's heads one after the other, then the program's next block of keys."""
+def following(step, turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The step after one: a group's heads one after the other, then the program's next block of keys. With the second
+    step of a block, or the block after it, the number of that is announced."""
     head = step.head
     m = step.m + 1
     block = step.block
     number = step.number
+    i = step.i
+    ticket = step.ticket
+    if step.is_secret:
+        announce(turns, i + 1, ticket)
+    is_secret = False
     if m == block.last:
         head += 1
         if head == (block.head_kv + 1) * call.group:
-            number += gl.num_programs(0)
+            i += 1
+            number = number_of(turns, i, call, SPEC, TILE)
             block = block_of(gl.minimum(number, num_blocks(call, SPEC, TILE) - 1), call, SPEC, TILE)
             head = block.head_kv * call.group
+            ticket = take(turns)
+            is_secret = True
         m = block.first
-    return Step(head, m, block, number)
+    return Step(head, m, block, number, i, ticket, is_secret)

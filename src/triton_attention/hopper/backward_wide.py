@@ -143,7 +143,7 @@ def attention_bwd_wide(q, k, v, dout, rows, bias, dk, dv, dbias, call, SPEC: gl.
         call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(0, dk, dv, dbias)
-    channels = new_channels(inputs, SPEC, TILE, 2, True)
+    channels = new_channels(inputs, None, SPEC, TILE, 2, True)
     fence_async_shared()
     gl.warp_specialize(
         [

@@ -35,7 +35,6 @@ from triton_attention.hopper.configs import (
     bias_gradient_tile,
     keys_tile_for,
     queries_tile_for,
-    takes_blocks_in_turn,
 )
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.operands import (
@@ -150,7 +149,9 @@ def plan_backward(
         sequences.value,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type, packing=sequences.type))
-    tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, call, num_sms)
+    in_turn = not packed and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
+    counter = Argument(q.new_empty(1, dtype=torch.int32), "*i32:16") if in_turn else ABSENT
+    tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, counter, call, num_sms)
 
     row_programs = blocks_m * matrices
     variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv, packed), RowsTile(_ROWS, min(block_d, 64)))
@@ -160,13 +161,13 @@ def plan_backward(
         sums = q.new_empty(1, 1, batch * heads * blocks_m * _ROWS * block_d // _PANEL, _PANEL, dtype=torch.float32)
         spec_of_keys = replace(spec, DBIAS=kind if kind in ("keys", "tile") else "none", DQ="added")
         launches = [
-            Launch(attention_bwd_rows, row_programs, (*results, flat(sums), call), *variant),
+            Launch(attention_bwd_rows, row_programs, (*results, flat(sums), counter, call), *variant),
             tensors.launch_of_keys(spec_of_keys, sums),
             Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq, packed), call), *variant),
         ]
     else:
         launches = [
-            Launch(attention_bwd_rows, row_programs, (*results, ABSENT, call), *variant),
+            Launch(attention_bwd_rows, row_programs, (*results, ABSENT, counter, call), *variant),
             tensors.launch_of_keys(replace(spec, DBIAS="keys" if kind == "keys" else "none"), None),
             tensors.launch_of_queries(replace(spec, DBIAS="tile" if kind == "tile" else "none")),
         ]
@@ -190,6 +191,7 @@ class _Tensors(NamedTuple):
     dk: Tensor
     dv: Tensor
     dbias: Tensor | None
+    counter: Argument  # of blocks of keys that programs take in turn; absent where each has one
     call: Argument
     num_sms: int
 
@@ -213,11 +215,10 @@ class _Tensors(NamedTuple):
         blocks = self._blocks_of(self.k, _ROWS * tile.CONSUMERS) * heads_kv
         if max(spec.BLOCK_D, spec.BLOCK_DV) > _REGISTER_HEAD_DIM:
             return Launch(attention_bwd_wide, blocks, (*inputs, *gradients, self.call), spec, tile)
-        queries = self.q.shape[1] * (self.q.shape[2] // heads_kv)
-        programs = min(blocks, self.num_sms) if takes_blocks_in_turn(spec, queries) else blocks
+        programs = blocks if self.counter is ABSENT else min(blocks, self.num_sms)
         piece = _ROWS * min(spec.BLOCK_D, 64) // _PANEL  # rows of the matrix as which 64 columns of the sums lie
         dq = ABSENT if dq_sums is None else descriptor(dq_sums, piece, _PANEL)
-        return Launch(attention_bwd, programs, (*inputs, dq, *gradients, self.call), spec, tile)
+        return Launch(attention_bwd, programs, (*inputs, dq, *gradients, self.counter, self.call), spec, tile)
 
     def launch_of_queries(self, spec: BackwardSpec) -> Launch:
         """The kernel for dq, where that for dk and dv does not add it up."""

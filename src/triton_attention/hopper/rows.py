@@ -75,8 +75,11 @@ def load_rows(tensor, batch, head, start_m, seqlen, DIM: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Two numbers a query: lse in units of log 2, and -delta = dlse - rowsum(dout * out). And zeros where dQ is summed.
+def attention_bwd_rows(
+    out, dout, lse, dlse, bias, rows, dq_sums, counter, call, SPEC: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Two numbers a query: lse in units of log 2, and -delta = dlse - rowsum(dout * out). And zeros where dQ is summed, and
+    where the next kernel's programs count blocks.
 
     A query that sees no key, or does not exist, has lse = +inf: all its probabilities become 0. A bias of one number a
     query is taken from lse, since exp(scores + bias - lse) = exp(scores - (lse - bias)).
@@ -120,6 +123,8 @@ def attention_bwd_rows(out, dout, lse, dlse, bias, rows, dq_sums, call, SPEC: tl
     if dq_sums is not None:
         SUMS: tl.constexpr = BLOCK_M * SPEC.BLOCK_D
         tl.store(dq_sums + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
+    if counter is not None:
+        tl.store(counter, 0, mask=tl.program_id(0) == 0)
 
 
 @triton.jit
