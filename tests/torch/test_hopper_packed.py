@@ -45,11 +45,12 @@ class Call:
         self.rows, self.keys, self.queries = self.plan.launches
 
     def blocks(self, launch, module, along_keys):
-        """What each program of a launch works with: the call of its sequence, its block, and functions."""
+        """What each program of a launch works with: the call of its sequence, its block, and who sees its parts."""
         program = [0]
         stand_in = language(program)
         own = as_python(backward_call.call_of_own_block, stand_in)
         block_of = as_python(backward_walk.block_of if along_keys else module.block_of_program, stand_in)
+        seen_by = as_python(backward_walk.seen_by, stand_in)
         load_slope = as_python(heads.load_slope, stand_in)
         call = launch.arguments[-1].value
         packing = call.packing._replace(cu_seqlens_q=Pointer(self.starts[0]), cu_seqlens_k=Pointer(self.starts[1]))
@@ -60,7 +61,11 @@ class Call:
             found = own(call, along_keys, launch.tile.CONSUMERS * 64, launch.spec)
             block = block_of(*program[: int(along_keys)], found, launch.spec, launch.tile)
             load_slope(block.batch, 0, found, launch.spec)  # of a sequence that there is
-            yield found, block
+            parts = [block]
+            if along_keys:
+                starts = range(block.start_n, block.start_n + 64 * launch.tile.CONSUMERS, 64)
+                parts = [seen_by(block, start_n, found, launch.spec, launch.tile) for start_n in starts]
+            yield found, block, parts
 
 
 @lru_cache
@@ -100,7 +105,7 @@ def test_each_row_has_one_owner_that_visits_what_it_sees(along_keys, lengths, he
     total, other_total = call.totals[::-1] if along_keys else call.totals
     starts, other_starts = call.starts[::-1] if along_keys else call.starts
     owners = torch.zeros(2 if along_keys else 4, total, dtype=torch.int32)
-    for found, block in call.blocks(launch, module, along_keys):
+    for found, block, parts in call.blocks(launch, module, along_keys):
         start, head = (block.start_n, block.head_kv) if along_keys else (block.start_m, block.head)
         own = rows_at(place_of_own(start, block.batch, block.sequence, launch.spec), total,
                       64 * launch.tile.CONSUMERS)  # fmt: skip
@@ -122,8 +127,9 @@ def test_each_row_has_one_owner_that_visits_what_it_sees(along_keys, lengths, he
             for other in range(n * step, min((n + 1) * step, lengths_of_it[0 if along_keys else 1]), step // 4):
                 pair = (other, start + i) if along_keys else (start + i, other)
                 sees = visible(call, *pair, block.batch, mask)
-                assert n in steps or not sees
-                assert sees or not block.full_first <= n < block.full_last
+                part = parts[i // 64 % len(parts)]
+                assert part.first <= n < part.last or not sees
+                assert sees or not part.full_first <= n < part.full_last
         padded = (call.totals[0] // 64 + len(lengths) + 1) * 64
         origin = torch.tensor(3) * 2 * padded + int(starts_of_numbers(call)[block.batch]) * 64
         assert rows_origin(block.batch, torch.tensor(3), found, launch.spec) == (origin, padded)

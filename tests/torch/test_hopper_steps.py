@@ -38,15 +38,17 @@ class Dealt:
 
 
 def walking(launch, program):
-    """The functions of the walk as those of Python; a number is asked for after it was announced, or the program hangs."""
+    """The functions of the walk as those of Python; a number that was not announced is an error, not a hang."""
     return SimpleNamespace(
         **{
             name: as_python(
                 getattr(backward_walk, name),
                 language(program, launch.programs),
-                take=Dealt.take,
-                announce=Dealt.announce,
-                number_of=lambda turns, i, call, spec, tile: turns.told[i],
+                {
+                    "take": Dealt.take,
+                    "announce": Dealt.announce,
+                    "number_of": lambda turns, i, call, spec, tile: turns.told[i],
+                },
             )
             for name in ("num_blocks", "block_of", "first_step", "following")
         }
@@ -132,7 +134,8 @@ def test_a_number_is_heard_when_it_was_told():
     turns = backward_walk.Turns(0, slots, slots)
     stand_in = language([0], SMS)
     announce, number_of = (
-        as_python(function, stand_in, mbarrier=slots) for function in (backward_walk.announce, backward_walk.number_of)
+        as_python(function, stand_in, {"mbarrier": slots})
+        for function in (backward_walk.announce, backward_walk.number_of)
     )
     for i in range(1, 5 * SLOTS):
         with pytest.raises(TimeoutError):
@@ -143,11 +146,39 @@ def test_a_number_is_heard_when_it_was_told():
 
 def test_a_block_that_no_query_sees_has_one_step_all_masked():
     launch = keys_launch(Mask(None, 0, top_left=True), 64, 2000)
+    call, spec, tile = launch.arguments[-1].value, launch.spec, launch.tile
     stand_in = language([0], SMS)
-    block = as_python(backward_walk.block_of, stand_in)(8, launch.arguments[-1].value, launch.spec, launch.tile)
+    block = as_python(backward_walk.block_of, stand_in)(8, call, spec, tile)
     assert block.start_n >= 64
     assert (block.first, block.last) == (0, 1)
-    assert not block.full_first <= 0 < block.full_last
+    seen = as_python(backward_walk.seen_by, stand_in)(block, block.start_n, call, spec, tile)
+    assert seen.first == seen.last or not seen.full_first <= 0 < seen.full_last
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 1000), (1, 64), (700, 130), (64, 2000), (1000, 1000)])
+def test_a_consumer_masks_what_its_keys_need_and_skips_what_sees_none_of_them(mask, seqlen_q, seqlen_k):
+    launch = keys_launch(mask, seqlen_q, seqlen_k)
+    call, spec, tile = launch.arguments[-1].value, launch.spec, launch.tile
+    stand_in = language([0], SMS)
+    block_of, seen_by = (as_python(getattr(backward_walk, name), stand_in) for name in ("block_of", "seen_by"))
+    lower, upper = mask.band(seqlen_q, seqlen_k)
+    queries, keys = torch.arange(seqlen_q)[:, None], torch.arange(tile.CONSUMERS * 64 + seqlen_k)[None]
+    visible = (keys < seqlen_k).expand(seqlen_q, -1).clone()
+    if lower is not None:
+        visible &= keys - queries >= lower
+    if upper is not None:
+        visible &= keys - queries <= upper
+    for number in range(launch.programs):
+        block = block_of(number, call, spec, tile)
+        for part in range(tile.CONSUMERS):
+            start_n = block.start_n + 64 * part
+            seen = seen_by(block, start_n, call, spec, tile)
+            assert block.first <= seen.first <= seen.last <= block.last
+            for m in range(-(-seqlen_q // 64)):
+                tile_of = visible[64 * m : 64 * m + 64, start_n : start_n + 64]
+                assert seen.first <= m < seen.last or not tile_of.any()
+                assert tile_of.all() or not seen.full_first <= m < seen.full_last
 
 
 @pytest.mark.parametrize(

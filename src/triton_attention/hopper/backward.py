@@ -35,6 +35,7 @@ from triton_attention.hopper.backward_walk import (
     new_turns,
     num_blocks,
     number_of,
+    seen_by,
     take,
 )
 from triton_attention.hopper.channel import (
@@ -95,7 +96,6 @@ class Channels(NamedTuple):
     k: object
     v: object
     dscores: object
-    keys_read: object  # (KEYS_STAGES, 1) barriers: the assistant is done with k
     turns: object  # which blocks of keys: see `backward_walk.Turns`
 
 
@@ -232,13 +232,33 @@ def store_key_dbias(pointer, dbias, batch, head, keys, call):
 
 @gluon.jit
 def store_rows(descriptor, channel, i, values, block, start_n, SPEC: gl.constexpr, INDEX: gl.constexpr):
-    """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of the i-th K or V."""
+    """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of the i-th K or V; at return the
+    copy is under way."""
     SHAPE: gl.constexpr = values.shape
     tile = whole_tile(channel.tiles, channel, i, INDEX)
     tile.reshape([SHAPE[0], SHAPE[1]]).store(values.to(descriptor.dtype))
     fence_async_shared()
     batch, row = place_of_keys(start_n, block.batch, block.sequence, SPEC)
     copy_to_global(descriptor, coordinates(descriptor, batch, block.head_kv, row, 0), tile)
+
+
+@gluon.jit
+def skip(channels, step, steps, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """Let steps pass whose queries do not see this consumer's keys; their dS is 0. Returns the step after them."""
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    for _ in range(steps):
+        wait_full(channels.q, step)
+        wait_full(channels.dout, step)
+        if SPEC.DQ == "added":
+            tiles = channels.dscores.tiles
+            zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, tiles.dtype, accumulator_layout(BLOCK_M))
+            wait_empty(channels.dscores, step)
+            tile_of(tiles, channels.dscores, step, INDEX).permute((1, 0)).store(zero)
+            fence_async_shared()
+            mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+        release(channels.q, step)
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -252,6 +272,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     while number < num_blocks(call, SPEC, TILE):
         block = block_of(number, call, SPEC, TILE)
         start_n = block.start_n + INDEX * WARPGROUP_ROWS
+        seen = seen_by(block, start_n, call, SPEC, TILE)
         dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
         dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
         keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
@@ -264,7 +285,9 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
             key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
             slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
             dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
-            for m in range(block.first, block.last):
+            if SPEC.HAS_UPPER:
+                step = skip(channels, step, seen.first - block.first, SPEC, TILE, INDEX)
+            for m in range(seen.first, seen.last):
                 start_m = m * BLOCK_M
                 slot = step % TILE.STAGES
                 q = tile_of(channels.q.tiles, channels.q, step, 0)
@@ -280,7 +303,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 weights, derivative = weigh(
                     scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
                 )
-                if m < block.full_first or m >= block.full_last:
+                if m < seen.full_first or m >= seen.full_last:
                     weights = mask_weights(weights, start_m, start_n, call, SPEC)
                 if SPEC.SOFTCAP:
                     factors = narrow(weights * derivative, q.dtype)
@@ -306,16 +329,24 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
                 release(channels.q, step)
                 step += 1
+            if SPEC.HAS_LOWER:
+                step = skip(channels, step, block.last - seen.last, SPEC, TILE, INDEX)
             if SPEC.DBIAS == "keys":
                 store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
 
+        # Where the assistant still reads K, dK takes the way of dV, after it, and K's place is free for the next keys.
+        place_of_dk = channels.k
+        if SPEC.DQ == "added":
+            place_of_dk = channels.v
+            release(channels.k, i)
         store_rows(gradients.dv, channels.v, i, dv, block, start_n, SPEC, INDEX)
         if SPEC.DQ == "added":
-            mbarrier.wait(channels.keys_read.index(i % TILE.KEYS_STAGES), i // TILE.KEYS_STAGES & 1)
-        store_rows(gradients.dk, channels.k, i, dk * call.softmax_scale, block, start_n, SPEC, INDEX)
+            tma.store_wait(0)
+        store_rows(gradients.dk, place_of_dk, i, dk * call.softmax_scale, block, start_n, SPEC, INDEX)
         tma.store_wait(0)
+        if SPEC.DQ != "added":
+            release(channels.k, i)
         release(channels.v, i)
-        release(channels.k, i)
         i += 1
         number = number_of(channels.turns, i, call, SPEC, TILE)
 
@@ -425,7 +456,6 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                 for piece in gl.static_range(PIECES):
                     add_to_global(gradients.dq, [0, 0, first_row + piece * ROWS, 0], staging.index(piece))
                 step += 1
-        mbarrier.arrive(channels.keys_read.index(i % TILE.KEYS_STAGES), count=1)
         i += 1
         number = number_of(turns, i, call, SPEC, TILE)
     tma.store_wait(0)
@@ -455,28 +485,24 @@ def new_channels(
     dout = Channel(new_tiles(inputs.dout, STAGES), 0, new_barriers(STAGES, 1), 0)  # emptied with q
     k = new_channel(inputs.k, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
     v = new_channel(inputs.v, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
-    if SPEC.DQ == "added":
-        keys_read = new_barriers(TILE.KEYS_STAGES, 1)
-    else:
-        keys_read = 0
     if EXCHANGES:
         dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, CONSUMERS)
     else:
         dscores = 0
     turns = new_turns(counter, TILE, 4 if SPEC.DQ == "added" else 1)
-    return Channels(q, rows, bias_tiles, dout, k, v, dscores, keys_read, turns)
+    return Channels(q, rows, bias_tiles, dout, k, v, dscores, turns)
 
 
 @gluon.jit
 def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head; and sums of dS K.
 
-    Grid: any number of programs, `counter` being 0. Together they visit each block of 64 CONSUMERS keys of each key head
-    of each batch entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also these columns of
-    `dbias` (batch, heads_q, seqlen_q, seqlen_k), written where a key is visible; with "keys" the sums of dS over the
-    queries, `dbias` (batch, heads_q, seqlen_k). With SPEC.DQ == "added" a program adds its share to `dq`, in no fixed
-    order; everything else is the same bit for bit in every run. Of packed sequences the grid has a program for each
-    block that they may have, see `call_of_own_block`.
+    Grid: any number of programs, and a `counter` of 0. Together they visit each block of 64 CONSUMERS keys of each key
+    head of each batch entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also
+    these columns of `dbias` (batch, heads_q, seqlen_q, seqlen_k), written where a key is visible; with "keys" the sums
+    of dS over the queries, `dbias` (batch, heads_q, seqlen_k). With SPEC.DQ == "added" a program adds its share to
+    `dq`, in no fixed order; everything else is the same bit for bit in every run. Of packed sequences, which have no
+    counter, the grid has a program for each block that they may have, see `call_of_own_block`.
     """
     if SPEC.VARLEN:
         call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)

@@ -19,19 +19,26 @@ from triton_attention.hopper.schedule import place_in_section, visible_range
 
 
 class Block(NamedTuple):
-    """A block of keys, and the blocks [first, last) of queries that see some of them; those in
-    [full_first, full_last) see all, so that they need no mask. Where none sees any there is one, masked out, so that
-    programs that take block after block find steps in each; packed sequences, of which a program takes one, have none.
-    """
+    """A block of keys, and the blocks [first, last) of queries that see some of them. Where none sees any there is one
+    all the same, so that programs that take block after block find steps in each; packed sequences, of which a program
+    takes one, have none."""
 
     start_n: object
     head_kv: object
     batch: object
     first: object
+    last: object
+    sequence: object  # a schedule.Sequence where they are packed, else 0
+
+
+class Seen(NamedTuple):
+    """The blocks of queries [first, last), of those of a block of keys, that see some of a consumer's 64 keys; those in
+    [full_first, full_last) see all, so that they need no mask."""
+
+    first: object
     full_first: object
     full_last: object
     last: object
-    sequence: object  # a schedule.Sequence where they are packed, else 0
 
 
 class Turns(NamedTuple):
@@ -56,8 +63,8 @@ class Step(NamedTuple):
 
 @gluon.jit
 def new_turns(counter, TILE: gl.constexpr, WARPS: gl.constexpr):
-    """WARPS: of the partition that decides. It is TILE.STAGES steps ahead of the others at most, and a block has at least
-    one step: with a slot more than that, none is written that is still to be read."""
+    """WARPS: of the partition that decides. It is at most TILE.STAGES steps ahead of the others, and a block has at
+    least one step: with more slots than stages none is written that is still to be read."""
     if counter is None:
         turns = Turns(None, 0, 0)
     else:
@@ -70,8 +77,8 @@ def new_turns(counter, TILE: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def take(turns):
-    """A ticket for the next block, in the first thread. It comes while other things are done: nothing is to be made of it
-    before it is announced."""
+    """A ticket for the next block, in the first thread. It comes while other things are done; what is computed of it
+    waits for it."""
     if turns.counter is None:
         ticket = 0
     else:
@@ -132,20 +139,38 @@ def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
         batch = matrix // heads_kv
         head_kv = matrix - batch * heads_kv
         start_n = block * BLOCK_N
-    begin, full_begin, full_end, end = visible_range(
-        start_n, call.seqlen_k, call.seqlen_q, -call.upper, -call.lower, SPEC.HAS_UPPER, SPEC.HAS_LOWER, BLOCK_N,
-        BLOCK_M,
-    )  # fmt: skip
-    # Where some of the keys do not exist, a mask keeps them out of dQ.
-    full_end = gl.where(start_n + BLOCK_N > call.seqlen_k, full_begin, full_end)
+    begin, _, _, end = queries_of(start_n, BLOCK_N, call, SPEC, TILE)
     first = begin // BLOCK_M
     last = gl.cdiv(end, BLOCK_M)
     if (SPEC.HAS_UPPER or SPEC.HAS_LOWER) and not SPEC.VARLEN:
         unseen = last <= first
         first = gl.where(unseen, 0, first)
         last = gl.where(unseen, 1, last)
-        full_end = gl.where(unseen, 0, full_end)
-    return Block(start_n, head_kv, batch, first, full_begin // BLOCK_M, full_end // BLOCK_M, last, sequence)
+    return Block(start_n, head_kv, batch, first, last, sequence)
+
+
+@gluon.jit
+def queries_of(start_n, KEYS: gl.constexpr, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """(begin, full_begin, full_end, end) of the queries that see KEYS keys from `start_n` on."""
+    return visible_range(
+        start_n, call.seqlen_k, call.seqlen_q, -call.upper, -call.lower, SPEC.HAS_UPPER, SPEC.HAS_LOWER, KEYS,
+        TILE.BLOCK_M,
+    )  # fmt: skip
+
+
+@gluon.jit
+def seen_by(block, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Which queries see the keys [start_n, start_n + 64) of a block."""
+    begin, full_begin, full_end, end = queries_of(start_n, WARPGROUP_ROWS, call, SPEC, TILE)
+    # Where some of the keys do not exist, a mask keeps them out of dQ.
+    full_end = gl.where(start_n + WARPGROUP_ROWS > call.seqlen_k, full_begin, full_end)
+    first = block.first
+    last = block.last
+    if SPEC.HAS_UPPER:
+        first = gl.minimum(gl.maximum(begin // TILE.BLOCK_M, first), last)
+    if SPEC.HAS_LOWER:
+        last = gl.minimum(gl.maximum(gl.cdiv(end, TILE.BLOCK_M), first), last)
+    return Seen(first, full_begin // TILE.BLOCK_M, full_end // TILE.BLOCK_M, last)
 
 
 @gluon.jit

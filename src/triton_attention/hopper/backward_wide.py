@@ -30,7 +30,7 @@ from triton_attention.hopper.backward import (
     weigh,
 )
 from triton_attention.hopper.backward_call import call_of_own_block
-from triton_attention.hopper.backward_walk import block_of
+from triton_attention.hopper.backward_walk import block_of, seen_by
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.heads import load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
@@ -47,6 +47,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     WHOLE: gl.constexpr = 0  # of the parts of a block of keys
     block = block_of(gl.program_id(0), call, SPEC, TILE)
+    seen = seen_by(block, block.start_n, call, SPEC, TILE)
     dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
@@ -68,7 +69,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
             weights, derivative = weigh(
                 scores, lse, key_bias, slope, start_m, block.start_n, channels, step, call, SPEC, TILE, WHOLE
             )
-            if m < block.full_first or m >= block.full_last:
+            if m < seen.full_first or m >= seen.full_last:
                 weights = mask_weights(weights, start_m, block.start_n, call, SPEC)
             wait_empty(channels.dscores, step)
             exchanged = tile_of(channels.dscores.tiles, channels.dscores, step, 0).permute((1, 0))

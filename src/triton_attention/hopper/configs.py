@@ -89,6 +89,14 @@ ROWS = (
     Row(192, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 2000, b 4, causal: 428
     Row(256, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 1k, 4k, 16k: 597, 732, 707; causal 409, 611, 673
     # pair bias, d 32, h 4, n rows of n, n 256, 384, 512: 134, 158, 173 (with 8 stages of bias); 4 x 64: 126, 128, 186
+    Row(  # pair bias, n 384: 175; 2 x 64 queries: 161
+        32,
+        tile(3, 64, 4, bias_stages=6, bias_stays=True),
+        bias_size=2,
+        banded=False,
+        shared=True,
+        seqlen_k=range(4 * 64 + 1, 6 * 64 + 1),
+    ),
     Row(
         32,
         tile(2, 64, 4, bias_stages=7, bias_stays=True),
@@ -251,6 +259,7 @@ BACKWARD_ROWS = (
 # Where dq is made apart: the kernels that own keys, in TFLOP/s that count the four products they do; full / causal.
 KEYS_ROWS = (
     BackwardRow(64, 0, BackwardTile(3, 3, 0, False, 160, 24, 128, 2)),  # s 4096: 1873 / 1003 us; two stages 1933 / 1065
+    BackwardRow(64, 2, BackwardTile(2, 3, 0, False, 240, 24, 168, 2)),
     BackwardRow(64, 4, BackwardTile(2, 2, 0, False, 240, 24, 168)),
     BackwardRow(128, 0, BackwardTile(2, 2, 0, True, 240, 24, 168)),  # 733 / 678; not early: 648 / 639
     BackwardRow(128, 2, BackwardTile(2, 2, 0, True, 240, 24, 168)),
@@ -282,22 +291,6 @@ def _first_row(rows: tuple[_Row, ...], spec: BackwardSpec, bias_size: int, seqle
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     size = bias_size if spec.BIAS_ROWS else 0
     return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size and seqlen_k in row.seqlen_k)
-
-
-def takes_blocks_in_turn(spec: BackwardSpec, queries: int) -> bool:
-    """Whether a program of the kernel that owns keys takes one block of them after the other, or one alone.
-
-    In turn saves some 5 us between two blocks, of as much as `queries` each (those of a group's heads together). One
-    alone is better where blocks differ in length: the GPU gives the next to who is free. H100, us in turn and alone at
-    s 1k, 2k, 4k: d 64 full 754 and 839, 1334 and 1379, 2637 and 2691, causal 480 and 539, 1189 and 817, 2145 and 1450;
-    d 128 full 647 and 662, 1204 and 1180, 2364 and 2230, causal 529 and 464, 807 and 743, 1412 and 1281.
-    """
-    if spec.VARLEN:
-        return False
-    banded = spec.HAS_LOWER or spec.HAS_UPPER
-    if max(spec.BLOCK_D, spec.BLOCK_DV) <= 64:
-        return not banded or queries <= 1024
-    return not banded and queries <= 1024
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:

@@ -131,7 +131,8 @@ def plan_backward(
     addend = _Addend.of(bias, (batch, heads, seqlen_q, seqlen_k))
     kind = _kind_of_dbias(bias, q) if needs_dbias and bias is not None else "none"
     dbias = _new_dbias(kind, bias, dlse, lse, mask)
-    adds_dq = not deterministic and not packed and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
+    in_turn = not packed and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
+    adds_dq = not deterministic and in_turn and block_d == block_dv  # dk takes the way of dv
     spec = BackwardSpec(
         block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
         SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, VARLEN=packed,
@@ -149,7 +150,6 @@ def plan_backward(
         sequences.value,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type, packing=sequences.type))
-    in_turn = not packed and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
     counter = Argument(q.new_empty(1, dtype=torch.int32), "*i32:16") if in_turn else ABSENT
     tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, counter, call, num_sms)
 

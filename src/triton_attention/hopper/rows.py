@@ -78,8 +78,8 @@ def load_rows(tensor, batch, head, start_m, seqlen, DIM: tl.constexpr, BLOCK_M: 
 def attention_bwd_rows(
     out, dout, lse, dlse, bias, rows, dq_sums, counter, call, SPEC: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Two numbers a query: lse in units of log 2, and -delta = dlse - rowsum(dout * out). And zeros where dQ is summed, and
-    where the next kernel's programs count blocks.
+    """Two numbers a query: lse in units of log 2, and -delta = dlse - rowsum(dout * out). And zeros, where dQ is summed
+    and where the programs of the next kernel count blocks.
 
     A query that sees no key, or does not exist, has lse = +inf: all its probabilities become 0. A bias of one number a
     query is taken from lse, since exp(scores + bias - lse) = exp(scores - (lse - bias)).
