@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_attention import attention, ops
-from triton_attention.hopper.dropout import philox_words, quads_layout
+from triton_attention.hopper.dropout import philox_words, quads_layout, row_quads_layout
 from triton_attention.philox import philox_4x32
 from triton_attention.portable import configs
 from triton_attention.portable.configs import Tile
@@ -102,10 +102,11 @@ def test_the_words_of_hopper_are_those_of_the_reference(seed):
     assert torch.equal(words, torch.stack(expected))
 
 
-def test_two_threads_share_what_four_keys_of_two_queries_take():
-    """Each evaluation has one owner, and a thread's are of rows and columns that it has in the accumulator."""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_threads_share_what_four_keys_take(transposed):
+    """Each evaluation has one owner, of the two, or transposed four, who have the weights that it is for."""
     for columns in (32, 64, 128):
-        layout = quads_layout(columns)
+        layout = (row_quads_layout if transposed else quads_layout)(columns)
         owners = {}
         for warp, lane, register in product(range(4), range(32), range(columns // 8)):
             bits = [(register, layout.reg_bases), (lane, layout.lane_bases), (warp, layout.warp_bases)]
@@ -114,10 +115,16 @@ def test_two_threads_share_what_four_keys_of_two_queries_take():
                 for bit, basis in enumerate(bases):
                     if number >> bit & 1:
                         place = [old ^ new for old, new in zip(place, basis, strict=True)]
-            row, quad = place
-            owners.setdefault((row, quad), []).append((warp, lane))
-            assert row % 8 == lane // 4
-            assert row // 16 == warp
-            assert quad % 2 == lane % 4 // 2
+            owners.setdefault(tuple(place), []).append((warp, lane))
+            if transposed:  # of keys, by quads, and queries
+                quad, column = place
+                assert quad // 4 == warp
+                assert quad % 2 == lane // 16
+                assert column % 8 // 2 == lane % 4
+            else:
+                row, quad = place
+                assert row % 8 == lane // 4
+                assert row // 16 == warp
+                assert quad % 2 == lane % 4 // 2
         assert len(owners) == 64 * columns // 4
         assert all(len(who) == 1 for who in owners.values())

@@ -1,4 +1,8 @@
-"""Which weights of a block does dropout keep? Those that `philox.dropout_mask` names, whatever the tile."""
+"""Which weights of a block does dropout keep? Those that `philox.dropout_mask` names, whatever the tile.
+
+What is decided on a tile travels as bits, so that it can be drawn before the tile is there: a thread has four words of
+them for the 32 weights that it has of a 64 x 64 tile.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
+from triton_attention.hopper.softmax import opaque_zero
 
 ROUNDS = gl.constexpr(10)
 
@@ -20,6 +25,17 @@ def quads_layout(columns):
     registers = [[0, 2 << bit] for bit in range((columns // 8).bit_length() - 1)]
     lanes = [[8, 0], [0, 1], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns // 4])
+
+
+@gluon.constexpr_function
+def row_quads_layout(columns):
+    """A (16, columns) tile whose element (i, j) stands for the rows [4 i, 4 i + 4) of column j of an accumulator.
+
+    There, four threads share four rows, and four more, of two columns; here each of them has one of the four.
+    """
+    registers = [[0, 8 << bit] for bit in range((columns // 8).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [0, 1], [2, 0], [1, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[4, 0], [8, 0]], [], [16, columns])
 
 
 def philox_words(c0, c1, c2, c3, seed):
@@ -43,17 +59,73 @@ _philox_words = gluon.jit(philox_words)
 
 
 @gluon.jit
-def drop(weights, head, start_m, start_n, call, SPEC: gl.constexpr):
-    """The weights (64, keys) with 0 where dropout does not keep one."""
+def draw(seed, matrix, start_m, start_n, call, SPEC: gl.constexpr, COLUMNS: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """What dropout leaves out of a (64, COLUMNS) tile of weights, (queries, keys) or if TRANSPOSED (keys, queries).
+
+    Element (i, 8 w + c) of the result is for row i and the columns 64 w + 8 j + c: its bit 4 j is 1 where one is left
+    out. `matrix` is the number of a query head among those of all batch entries, and start_n a multiple of 4.
+    """
     if SPEC.DROPOUT:
-        BLOCK_N: gl.constexpr = weights.shape[1]
-        LAYOUT: gl.constexpr = quads_layout(BLOCK_N)
-        queries = (start_m + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT))).to(gl.uint32)
-        quads = (start_n // 4 + gl.arange(0, BLOCK_N // 4, layout=gl.SliceLayout(0, LAYOUT))).to(gl.uint32)
-        number = gl.to_tensor(head.number).to(gl.uint32)
+        WORDS: gl.constexpr = COLUMNS // 64 if COLUMNS > 64 else 1
+        EIGHTS: gl.constexpr = COLUMNS // WORDS // 8
+        # What is made with a zero that the compiler does not know is made anew for each tile, and waits in no register.
+        if TRANSPOSED:
+            LAYOUT: gl.constexpr = row_quads_layout(COLUMNS)
+            QUADS: gl.constexpr = 8  # in a row of the layout, for an eight of columns
+            rows = gl.arange(0, WARPGROUP_ROWS // 4, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
+            columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+            quads = (start_n // 4 + rows).to(gl.uint32)[:, None]
+            queries = (start_m + columns).to(gl.uint32)[None, :]
+        else:
+            LAYOUT: gl.constexpr = quads_layout(COLUMNS)
+            QUADS: gl.constexpr = 2
+            rows = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
+            columns = gl.arange(0, COLUMNS // 4, layout=gl.SliceLayout(0, LAYOUT))
+            quads = (start_n // 4 + columns).to(gl.uint32)[None, :]
+            queries = (start_m + rows).to(gl.uint32)[:, None]
+        number = gl.to_tensor(matrix).to(gl.uint32)
         zero = gl.to_tensor(0).to(gl.uint32)
-        first, second, third, fourth = _philox_words(quads[None, :], queries[:, None], number, zero, head.seed)
-        words = gl.join(gl.join(first, third), gl.join(second, fourth)).reshape([WARPGROUP_ROWS, BLOCK_N])
-        words = gl.convert_layout(words, accumulator_layout(BLOCK_N))
-        weights = gl.where(words >= call.extras.drop_below, weights, 0.0)
+        first, second, third, fourth = _philox_words(quads, queries, number, zero, seed + opaque_zero())
+        threshold = call.extras.drop_below
+        bits = (first < threshold).to(gl.uint32) | (second < threshold).to(gl.uint32) << 1
+        bits |= (third < threshold).to(gl.uint32) << 2 | (fourth < threshold).to(gl.uint32) << 3
+        bits <<= (columns // QUADS % EIGHTS * 4).to(gl.uint32)[None, :]
+        bits = gl.sum(bits.reshape([bits.shape[0], WORDS, EIGHTS, QUADS]), 2)
+        bits = gl.join(gl.join(bits, bits >> 2), gl.join(bits >> 1, bits >> 3))  # the four keys of a quad
+        if TRANSPOSED:
+            bits = bits.permute((0, 3, 4, 1, 2))
+        bits = gl.convert_layout(bits.reshape([WARPGROUP_ROWS, WORDS * 8]), accumulator_layout(WORDS * 8))
+    else:
+        bits = 0
+    return bits
+
+
+@gluon.jit
+def spread(bits, COLUMNS: gl.constexpr):
+    """(64, COLUMNS) numbers of what was drawn, one for each weight: odd where it is left out."""
+    WORDS: gl.constexpr = bits.shape[1] // 8
+    bits = bits.reshape([WARPGROUP_ROWS, WORDS, 8])
+    bits = gl.join(bits, bits >> 4)
+    bits = gl.join(bits, bits >> 8)
+    bits = gl.join(bits, bits >> 16).permute((0, 1, 5, 4, 3, 2)) if COLUMNS > 32 else bits.permute((0, 1, 4, 3, 2))
+    return gl.convert_layout(bits.reshape([WARPGROUP_ROWS, COLUMNS]), accumulator_layout(COLUMNS))
+
+
+@gluon.jit
+def drop(tile, bits, SPEC: gl.constexpr):
+    """The numbers of a (64, COLUMNS) tile with 0 where dropout leaves one out."""
+    if SPEC.DROPOUT:
+        tile = gl.where(spread(bits, tile.shape[1]) & 1 == 0, tile, 0.0)
+    return tile
+
+
+@gluon.jit
+def mark(weights, bits, SPEC: gl.constexpr):
+    """Weights with a minus where dropout leaves one out: one number tells the weight, and whether it is kept.
+
+    By their bits: comparisons would be kept, each in a register, from one barrier to the next.
+    """
+    if SPEC.DROPOUT:
+        signs = spread(bits, weights.shape[1]) << 31
+        weights = (weights.to(gl.uint32, bitcast=True) | signs).to(gl.float32, bitcast=True)
     return weights

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.bias import load_bias, load_row_bias
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
-from triton_attention.hopper.dropout import drop
+from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.heads import load_sink, query_head
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
@@ -245,13 +245,14 @@ def visit(
     scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
     output = multiply_values(channels, operand, output, step - 1, SPEC)
     values = load_bias(channels.bias, row_bias, step, kept_end - n, SPEC, TILE, INDEX)
+    bits = draw(head.seed, head.number, output.start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False)
     scores = warpgroup_mma_wait(2 if SPEC.TAIL_DV > 0 else 1, deps=[scores])
     release(channels.k, step)
     scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     if MASKED:
         scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
     rows, weights, correction = weigh(rows, scores, scale, SPEC)
-    weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
+    weights = drop(weights, bits, SPEC)
     output = wait_values(output, SPEC)
     release(channels.v, step - 1)
     return rows, weights, scaled(output, correction, SPEC)
@@ -309,7 +310,8 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         if n >= work.full_last or n < work.full_first:
             scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
         rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale, SPEC)
-        weights = drop(weights, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
+        bits = draw(head.seed, head.number, output.start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False)
+        weights = drop(weights, bits, SPEC)
         step += 1
 
         if SPEC.HAS_UPPER:

@@ -54,6 +54,15 @@ def load_slope(batch, head, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def load_seed(call, SPEC: gl.constexpr):
+    """The seed of dropout; 0 without it."""
+    seed = 0
+    if SPEC.DROPOUT:
+        seed = gl.load(call.extras.seed)
+    return seed
+
+
+@gluon.jit
 def query_head(work, call, SPEC: gl.constexpr):
     limits = limits_of(work.sequence, call, SPEC)
     diagonal = 0
@@ -61,9 +70,8 @@ def query_head(work, call, SPEC: gl.constexpr):
         diagonal = call.extras.diagonal
         if SPEC.VARLEN:
             diagonal = (limits.seqlen_k - limits.seqlen_q) * call.packing.bottom_right
-    seed, number = 0, 0
+    seed, number = load_seed(call, SPEC), 0
     if SPEC.DROPOUT:
-        seed = gl.load(call.extras.seed)
         number = work.batch * call.heads_q + work.head
     return Head(limits, load_slope(work.batch, work.head, call, SPEC), diagonal, seed, number)
 
