@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from triton_attention.hopper import support
+from triton_attention.hopper.bias_gradient import attention_bwd_dbias
 from triton_attention.hopper.configs import BACKWARD_ROWS, KEYS_ROWS, QUERIES_ROWS, ROWS
 from triton_attention.kernel import compile_launch
 from triton_attention.problem import Mask
@@ -20,13 +21,18 @@ SHARED_MEMORY = 232_448  # bytes that one block may have
 # 3.6, with which a clock chose the tiles, and 296 with 3.9: three consumers under a causal mask.
 SPILLS_ALLOWED = 320
 
+# The same where the gradient of a bias is made beside a softcap, ALiBi or dropout: no clock has seen these. The worst
+# has all three, and sums of one number a key.
+SPILLS_ALLOWED_BESIDE_DBIAS = 800
+
 WINDOW = Mask(300, 200)
 
-
 LENGTHS = ((2048, 2048), (30, 700))
-EXTRAS = ({"softcap": 50.0}, {"alibi": "bh"}, {"sink": True}, {"dropout_p": 0.1}, {"lengths": LENGTHS})
+CHANGES = ({"softcap": 50.0}, {"alibi": "bh"}, {"dropout_p": 0.1})  # of scores or weights
+EXTRAS = (*CHANGES, {"sink": True}, {"lengths": LENGTHS})
 ALL_EXTRAS = {name: value for extra in EXTRAS for name, value in extra.items()}
-DIFFERENTIATED_EXTRAS = {name: value for name, value in ALL_EXTRAS.items() if name != "dropout_p"}
+DENSE_EXTRAS = {name: value for name, value in ALL_EXTRAS.items() if name != "lengths"}
+PACKED_EXTRAS = {name: value for name, value in ALL_EXTRAS.items() if name != "dropout_p"}  # that are differentiated
 
 
 def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048, **extras):
@@ -50,9 +56,17 @@ LARGER = (
     *(larger(head_dim, CAUSAL, "bhqk") for head_dim in (32, 64, 128)),
     larger(64, CAUSAL, "1hqk", torch.float32),
     *(larger(head_dim, mask, **extras) for head_dim in (64, 128, 256) for mask in (FULL, CAUSAL) for extras in EXTRAS),
+    *(
+        larger(head_dim, CAUSAL, bias, **extras)
+        for head_dim in (64, 128, 256)
+        for bias in ("1hqk", "b11k")
+        for extras in (*CHANGES, DENSE_EXTRAS)
+    ),
     *(larger(head_dim, CAUSAL, "1hqk", **ALL_EXTRAS) for head_dim in (64, 128)),
-    *(larger(head_dim, WINDOW, **DIFFERENTIATED_EXTRAS) for head_dim in (64, 128, 256)),
-    larger(64, FULL, "1hqk", dropout_p=0.1),
+    *(larger(head_dim, WINDOW, **PACKED_EXTRAS) for head_dim in (64, 128, 256)),
+    *(larger(head_dim, CAUSAL, "bhqk", dropout_p=0.1) for head_dim in (64, 256)),
+    *(larger(head_dim, FULL, "1hqk", dropout_p=0.1) for head_dim in (32, 64)),
+    *(larger(head_dim, WINDOW, "1hqk", torch.float32, dropout_p=0.1) for head_dim in (128, 256)),
 )
 
 
@@ -84,7 +98,9 @@ def test_larger_cases_and_pairs_of_features_run_on_hopper():
 def test_variant_compiles(launch):
     resources = compile_for(launch, SM_90)
     assert resources.shared_memory <= SHARED_MEMORY, resources
-    assert resources.spills <= SPILLS_ALLOWED, resources
+    changed = any(getattr(launch.spec, name, False) for name in ("SOFTCAP", "ALIBI", "DROPOUT"))
+    makes_dbias = launch.kernel is attention_bwd_dbias or getattr(launch.spec, "DBIAS", "none") != "none"
+    assert resources.spills <= (SPILLS_ALLOWED_BESIDE_DBIAS if changed and makes_dbias else SPILLS_ALLOWED), resources
     assert "wgmma" not in assembler_messages(launch, SM_90)  # "... instructions are serialized due to ..."
 
 

@@ -10,7 +10,7 @@ import torch
 from hardware import IS_HOPPER, needs_hopper
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from triton_attention import attention, attention_varlen, explain, kernel
+from triton_attention import attention, attention_varlen, explain, kernel, ops
 from triton_attention.testing import Case, check_against_float64, make_inputs, next_dropout_mask
 from triton_attention.testing.cases import CAUSAL
 
@@ -318,6 +318,22 @@ def test_compiled_dropout_follows_the_generator_and_shares_its_mask_with_the_bac
     assert torch.equal(torch.stack(masks[:3]), torch.stack(masks[3:]))
     assert not torch.equal(masks[0], masks[1])
     assert 0.4 < torch.stack(masks).float().mean() < 0.6
+
+
+@needs_hopper
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("others", [{}, {"softcap": 3.0, "alibi": "h", "sink": True}], ids=["alone", "beside-all"])
+@pytest.mark.parametrize("bias", [None, "1hqk", "bhqk", "b11k"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_gradients_with_dropout(head_dim, bias, others, deterministic):
+    """Several blocks of keys and of queries, in part masked, for each kernel of the Hopper backward."""
+    case = Case(333, 408, head_dim, heads_q=4, heads_kv=2, mask=CAUSAL, bias=bias, dropout_p=0.2, **others)
+
+    def on_hopper(inputs, problem):
+        return ops.attention(inputs, problem._replace(deterministic=deterministic), "hopper")
+
+    check = check_against_float64(on_hopper, *make_inputs(case, "cuda"))
+    assert check.good, f"\n{check}"
 
 
 def test_dropout_in_a_cuda_graph_draws_anew_and_shares_its_mask_with_the_backward():

@@ -335,43 +335,56 @@ def test_what_few_calls_have_is_planned_each_time(variants, extras):
     assert (variants.prepared, len(recipes._recipes)) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["sink", "softcap", "slopes"])
+@pytest.mark.parametrize("name", ["sink", "softcap", "dropout", "slopes"])
 def test_what_few_calls_have_in_the_backward(variants, name):
-    """A gradient of the bias beside scores that are changed is left to portable. A sink changes no kernel."""
+    """Each changes the kernels but a sink, which has a gradient."""
     extras = EXTRAS[name]
     *_, dsink = backward(*tensors(64, None), extras=extras)
     assert (dsink is None) == (extras.sink is None)
     specs = [values[-2] for _, values in variants.launched]
-    assert [spec.SOFTCAP or spec.ALIBI for spec in specs if hasattr(spec, "ALIBI")] == [extras.sink is None]
-    bias = tensors(64, (2, 3, 1, 300))
-    assert backward(*bias, extras=extras) is not None
-    assert (backward(*bias, extras=extras, needs_dbias=True) is None) == (extras.sink is None)
+    changed = [spec.SOFTCAP or spec.ALIBI or spec.DROPOUT for spec in specs if hasattr(spec, "ALIBI")]
+    assert changed == [extras.sink is None]
+    assert [spec.DROPOUT for spec in specs if not hasattr(spec, "ALIBI")] == [extras.seed is not None] * 2
+
+
+@pytest.mark.parametrize(("softcap", "kernels"), [(0.0, ["rows", "bwd", "dq"]), (30.0, ["rows", "bwd", "dq", "dbias"])])
+def test_a_softcap_has_the_gradient_of_a_bias_made_apart(variants, softcap, kernels):
+    """What makes dq has the cap's derivative, and the gradient of a bias, which is added after the cap, has not."""
+    q, k, v, bias = tensors(64, (2, 3, 300, 304))
+    extras = Extras(softcap=softcap, sink=torch.ones(3))
+    backward(q, k[:, :296], v[:, :296], bias[..., :296], needs_dbias=True, extras=extras)  # rows of whole 16 bytes
+    assert [kernel.__name__.split("_")[-1] for kernel, _ in variants.launched] == kernels
 
 
 def test_what_the_backward_leaves(variants):
-    assert backward(*tensors(64, None), extras=EXTRAS["dropout"]) is None
+    assert backward(*tensors(64, None), extras=Extras(dropout_p=0.99999, seed=torch.tensor(1))) is None
     packed = [x.flatten(0, 1) for x in tensors(64, None)[:3]]
     assert backward(*packed, None, extras=EXTRAS["packed"]) is not None
     assert backward(*packed, None, extras=EXTRAS["packed"]._replace(dropout_p=0.1)) is None
     assert backward(*packed, torch.zeros(1, 3, 300, 304).bfloat16(), extras=EXTRAS["packed"]) is None
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("bias_shape", [None, (1, 3, 300, 1)])
-def test_the_gradient_of_a_sink_and_of_a_bias_beside_it(bias_shape):
-    """From lse and -delta, the numbers that `attention_bwd_rows` leaves."""
+def test_the_gradient_of_a_sink_and_of_a_bias_beside_it(bias_shape, dropout_p):
+    """From lse and -delta (1 - dropout_p), the numbers that `attention_bwd_rows` leaves."""
     q, k, v, bias = (None if x is None else x.double() for x in tensors(16, bias_shape, torch.float32))
     sink = torch.tensor([0.5, 2.0, -math.inf], dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (sink, bias) if x is not None]
     k, v = k[:, :200], v[:, :200]  # the first queries see no key
-    out, lse = attention(q, k, v, bias=bias, sink=sink, causal=True, return_lse=True, backend="reference")
+    out, lse = attention(
+        q, k, v, bias=bias, sink=sink, causal=True, dropout_p=dropout_p, return_lse=True, backend="reference"
+    )
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     dlse = dlse.masked_fill(lse == -math.inf, 0.0)
     exact = torch.autograd.grad([out, lse.masked_fill(lse == -math.inf, 0.0)], leaves, [dout, dlse])
     out, lse = out.detach(), lse.detach().float()
     bias = None if bias is None else bias.detach().float()
     call = (dout.bfloat16(), dlse.float(), *(x.bfloat16() for x in (q, k, v)), bias, out.bfloat16(), lse)
-    plan = plan_backward(*call, CAUSAL, 0.25, bias is not None, Extras(sink=sink.detach().float()), False, SMS)
-    plan.sink_rows.rows[:, :, 1, :300] = (dlse - (dout * out).sum(-1).transpose(1, 2)).float()
+    seed = torch.tensor(1) if dropout_p > 0.0 else None
+    extras = Extras(sink=sink.detach().float(), dropout_p=dropout_p, seed=seed)
+    plan = plan_backward(*call, CAUSAL, 0.25, bias is not None, extras, False, SMS)
+    plan.sink_rows.rows[:, :, 1, :300] = (dlse - (dout * out).sum(-1).transpose(1, 2)).float() * (1.0 - dropout_p)
     torch.testing.assert_close(plan.finish_dsink().double(), exact[0], rtol=1e-4, atol=1e-4)
     if bias is not None:
         torch.testing.assert_close(plan.finish_dbias().double(), exact[1], rtol=1e-4, atol=1e-4)

@@ -52,7 +52,8 @@ from triton_attention.hopper.channel import (
     wait_full,
     whole_tile,
 )
-from triton_attention.hopper.heads import load_slope
+from triton_attention.hopper.dropout import draw, mark
+from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -60,7 +61,7 @@ from triton_attention.hopper.layouts import (
     operand_layout,
     rows_layout,
 )
-from triton_attention.hopper.narrow import multiply_narrow, narrow
+from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, narrow, unmarked
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import first_tile, place_of_keys, place_of_queries
 from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, allowed, cap_scores, distances, opaque_zero
@@ -216,11 +217,36 @@ def mask_weights(weights, start_m, start_n, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def multiply_values(channels, v, dout, zero, step, slot):
-    """Issue dP - delta of a block, transposed: the product V dO^T is added to -delta."""
+def multiply_values(channels, v, dout, zero, step, slot, SPEC: gl.constexpr):
+    """Issue dP - delta of a block, transposed: the product V dO^T is added to -delta. With dropout dP alone."""
     wait_full(channels.dout, step)
-    dweights, _ = gl.broadcast(load_numbers(channels.rows, slot * 2 + 1)[None, :], zero)
-    return warpgroup_mma(v, dout.permute((1, 0)), dweights, is_async=True)
+    if SPEC.DROPOUT:
+        dweights = zero
+    else:
+        dweights, _ = gl.broadcast(load_numbers(channels.rows, slot * 2 + 1)[None, :], zero)
+    return warpgroup_mma(v, dout.permute((1, 0)), dweights, use_acc=not SPEC.DROPOUT, is_async=True)
+
+
+@gluon.jit
+def score_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
+    """dS in 16 bits, of the weights in 16 bits and what `multiply_values` made."""
+    if SPEC.DROPOUT:
+        dscores = multiply_marked(weights, dweights, load_numbers(channels.rows, slot * 2 + 1)[None, :])
+    else:
+        dscores = multiply_narrow(weights, dweights)
+    return dscores
+
+
+@gluon.jit
+def bias_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
+    """The same in float32."""
+    weights = weights.to(gl.float32)
+    if SPEC.DROPOUT:
+        negative_delta = load_numbers(channels.rows, slot * 2 + 1)[None, :]
+        dscores = gl.maximum(weights, 0.0) * dweights + gl.abs(weights) * negative_delta
+    else:
+        dscores = weights * dweights
+    return dscores
 
 
 @gluon.jit
@@ -266,6 +292,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     """A consumer warpgroup: the keys [64 INDEX, 64 INDEX + 64) of each block."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
+    seed = load_seed(call, SPEC)
     step = 0
     i = 0
     number = gl.program_id(0)
@@ -282,6 +309,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
         wait_full(channels.v, i)
         for member in range(call.group):
             head = block.head_kv * call.group + member
+            matrix = block.batch * call.heads_q + head
             key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
             slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
             dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
@@ -290,13 +318,14 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
             for m in range(seen.first, seen.last):
                 start_m = m * BLOCK_M
                 slot = step % TILE.STAGES
+                bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_M, True)
                 q = tile_of(channels.q.tiles, channels.q, step, 0)
                 dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
                 wait_full(channels.q, step)
                 scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 lse = load_numbers(channels.rows, slot * 2)
                 if TILE.EARLY:
-                    dweights = multiply_values(channels, v, dout, zero, step, slot)
+                    dweights = multiply_values(channels, v, dout, zero, step, slot, SPEC)
                     scores = warpgroup_mma_wait(1, deps=[scores])
                 else:
                     scores = warpgroup_mma_wait(0, deps=[scores])
@@ -305,20 +334,17 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 )
                 if m < seen.full_first or m >= seen.full_last:
                     weights = mask_weights(weights, start_m, start_n, call, SPEC)
-                if SPEC.SOFTCAP:
-                    factors = narrow(weights * derivative, q.dtype)
+                weights = mark(weights, bits, SPEC)
+                factors = narrow(weights * derivative, q.dtype)
                 weights = narrow(weights, q.dtype)
-                operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
+                operand = gl.convert_layout(unmarked(weights, SPEC), operand_layout(SPEC.BLOCK_DV))
                 if not TILE.EARLY:
-                    dweights = multiply_values(channels, v, dout, zero, step, slot)
+                    dweights = multiply_values(channels, v, dout, zero, step, slot, SPEC)
                 dv = warpgroup_mma(operand, dout, dv, is_async=True)
                 dweights = warpgroup_mma_wait(1, deps=[dweights])
                 if SPEC.DBIAS == "keys":
-                    dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
-                if SPEC.SOFTCAP:
-                    dscores = multiply_narrow(factors, dweights)
-                else:
-                    dscores = multiply_narrow(weights, dweights)
+                    dbias += gl.sum(bias_gradients(weights, dweights, channels, slot, SPEC), 1)
+                dscores = score_gradients(factors, dweights, channels, slot, SPEC)
                 if SPEC.DQ == "added":
                     wait_empty(channels.dscores, step)
                     tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
@@ -462,18 +488,18 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
 
 
 @gluon.jit
-def new_exchange(dtype, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr):
-    """The channel of dS: each consumer fills its part of a slot, and arrives itself."""
+def new_exchange(dtype, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr, WRITERS: gl.constexpr):
+    """The channel of dS: WRITERS consumers fill the parts of a slot, and each arrives itself."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_M, WARPGROUP_ROWS], dtype)
     tiles = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, 1, 1, BLOCK_M, WARPGROUP_ROWS], LAYOUT)
-    return Channel(tiles, 0, new_barriers(SLOTS, PARTS), new_barriers(SLOTS, 1))
+    return Channel(tiles, 0, new_barriers(SLOTS, WRITERS), new_barriers(SLOTS, 1))
 
 
 @gluon.jit
 def new_channels(
     inputs, counter, SPEC: gl.constexpr, TILE: gl.constexpr, READERS: gl.constexpr, EXCHANGES: gl.constexpr
 ):  # fmt: skip
-    """READERS consumers read each block of queries; EXCHANGES: one warpgroup leaves tiles of scores for another."""
+    """READERS consumers read each block of queries; a warpgroup finds EXCHANGES tiles that others leave for it."""
     STAGES: gl.constexpr = TILE.STAGES
     CONSUMERS: gl.constexpr = TILE.CONSUMERS
     if SPEC.BIAS_ROWS:
@@ -485,8 +511,8 @@ def new_channels(
     dout = Channel(new_tiles(inputs.dout, STAGES), 0, new_barriers(STAGES, 1), 0)  # emptied with q
     k = new_channel(inputs.k, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
     v = new_channel(inputs.v, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
-    if EXCHANGES:
-        dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, CONSUMERS)
+    if EXCHANGES > 0:
+        dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, EXCHANGES, CONSUMERS)
     else:
         dscores = 0
     turns = new_turns(counter, TILE, 4 if SPEC.DQ == "added" else 1)
@@ -509,7 +535,7 @@ def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, counter, call, S
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(dq, dk, dv, dbias)
     ADDS_DQ: gl.constexpr = SPEC.DQ == "added"
-    channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, ADDS_DQ)
+    channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, TILE.CONSUMERS if ADDS_DQ else 0)
     if ADDS_DQ:
         staging = new_tiles(dq, TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL))
     else:

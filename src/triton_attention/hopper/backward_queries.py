@@ -23,8 +23,9 @@ from triton_attention._compat import copy_to_global
 from triton_attention.hopper.backward import load_key_bias, load_query_numbers
 from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
-from triton_attention.hopper.heads import load_slope
+from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -154,6 +155,8 @@ def consume(
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
     lse, negative_delta = load_query_numbers(inputs.rows, block.batch, block.head, numbers, call, SPEC)
     slope = load_slope(block.batch, block.head, call, SPEC) * LOG2_E
+    seed = load_seed(call, SPEC)
+    matrix = block.batch * call.heads_q + block.head
     q = tile_of(channels.q.tiles, channels.q, 0, INDEX)
     dout = tile_of(channels.dout.tiles, channels.dout, 0, INDEX)
     wait_full(channels.q, 0)
@@ -168,9 +171,13 @@ def consume(
         keys = start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N))
         key_bias = load_key_bias(inputs.bias, block.batch, block.head, keys, call, SPEC)
         wait_full(channels.v, step)
-        # dP - delta: the product is added to -delta.
-        _, dweights = gl.broadcast(zero, negative_delta[:, None])
-        dweights = warpgroup_mma(dout, v.permute((1, 0)), dweights, is_async=True)
+        # dP - delta: the product is added to -delta, or with dropout, which comes between, the other way round.
+        if SPEC.DROPOUT:
+            dweights = zero
+        else:
+            _, dweights = gl.broadcast(zero, negative_delta[:, None])
+        dweights = warpgroup_mma(dout, v.permute((1, 0)), dweights, use_acc=not SPEC.DROPOUT, is_async=True)
+        bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_N, False)
         scores = warpgroup_mma_wait(1, deps=[scores])
         exponents, derivative = exponents_of(
             scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
@@ -180,6 +187,8 @@ def consume(
         weights = narrow(gl.exp2(exponents) * derivative, q.dtype)
         dweights = warpgroup_mma_wait(0, deps=[dweights])
         release(channels.v, step)
+        if SPEC.DROPOUT:
+            dweights = drop(dweights, bits, SPEC) + negative_delta[:, None]
         dscores = multiply_narrow(weights, dweights)
         operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
         sums = warpgroup_mma(operand, k, sums, is_async=True)

@@ -19,12 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention.hopper.backward import (
     Gradients,
     Inputs,
+    bias_gradients,
     load_key_bias,
     load_numbers,
     mask_weights,
     multiply_values,
     new_channels,
     produce,
+    score_gradients,
     store_key_dbias,
     store_rows,
     weigh,
@@ -32,10 +34,30 @@ from triton_attention.hopper.backward import (
 from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.backward_walk import block_of, seen_by
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
-from triton_attention.hopper.heads import load_slope
+from triton_attention.hopper.dropout import draw, mark
+from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
-from triton_attention.hopper.narrow import multiply_narrow, narrow
+from triton_attention.hopper.narrow import narrow, unmarked
 from triton_attention.hopper.softmax import LOG2_E
+
+
+@gluon.constexpr_function
+def tiles_of_weights(spec):
+    """P times the derivative of a softcap, which makes dK, and where that is not P, P for the gradient of a bias."""
+    return 2 if spec.SOFTCAP and spec.DBIAS == "keys" else 1
+
+
+@gluon.jit
+def leave(channels, step, PART: gl.constexpr, weights):
+    """Store a transposed tile for the other consumer."""
+    tile_of(channels.dscores.tiles, channels.dscores, step, PART).permute((1, 0)).store(weights)
+
+
+@gluon.jit
+def find(channels, step, PART: gl.constexpr):
+    """Load it."""
+    tile = tile_of(channels.dscores.tiles, channels.dscores, step, PART).permute((1, 0))
+    return tile.load(accumulator_layout(tile.shape[1]))
 
 
 @gluon.jit
@@ -53,9 +75,11 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
     keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
     k = tile_of(channels.k.tiles, channels.k, 0, 0)
     wait_full(channels.k, 0)
+    seed = load_seed(call, SPEC)
     step = 0
     for member in range(call.group):
         head = block.head_kv * call.group + member
+        matrix = block.batch * call.heads_q + head
         key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
         slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
         for m in range(block.first, block.last):
@@ -65,22 +89,21 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
             wait_full(channels.q, step)
             scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             lse = load_numbers(channels.rows, step % TILE.STAGES * 2)
+            bits = draw(seed, matrix, start_m, block.start_n, call, SPEC, BLOCK_M, True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             weights, derivative = weigh(
                 scores, lse, key_bias, slope, start_m, block.start_n, channels, step, call, SPEC, TILE, WHOLE
             )
             if m < seen.full_first or m >= seen.full_last:
                 weights = mask_weights(weights, start_m, block.start_n, call, SPEC)
+            weights = mark(weights, bits, SPEC)
             wait_empty(channels.dscores, step)
-            exchanged = tile_of(channels.dscores.tiles, channels.dscores, step, 0).permute((1, 0))
-            if SPEC.SOFTCAP:
-                exchanged.store(narrow(weights * derivative, q.dtype))
-                weights = narrow(weights, q.dtype)
-            else:
-                weights = narrow(weights, q.dtype)
-                exchanged.store(weights)
+            leave(channels, step, 0, narrow(weights * derivative, q.dtype))
+            weights = narrow(weights, q.dtype)
+            if tiles_of_weights(SPEC) == 2:
+                leave(channels, step, 1, weights)
             mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
-            operand = gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
+            operand = gl.convert_layout(unmarked(weights, SPEC), operand_layout(SPEC.BLOCK_DV))
             wait_full(channels.dout, step)
             dv = warpgroup_mma(operand, dout, dv, is_async=True)
             dv = warpgroup_mma_wait(0, deps=[dv])
@@ -108,18 +131,22 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
         head = block.head_kv * call.group + member
         dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
         for _ in range(block.first, block.last):
+            slot = step % TILE.STAGES
             q = tile_of(channels.q.tiles, channels.q, step, 0)
             dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
             wait_full(channels.q, step)
-            dweights = multiply_values(channels, v, dout, zero, step, step % TILE.STAGES)
+            dweights = multiply_values(channels, v, dout, zero, step, slot, SPEC)
             wait_full(channels.dscores, step)
-            weights = tile_of(channels.dscores.tiles, channels.dscores, step, 0).permute((1, 0))
-            weights = weights.load(accumulator_layout(BLOCK_M))
+            factors = find(channels, step, 0)
+            weights = factors
+            if tiles_of_weights(SPEC) == 2:
+                weights = find(channels, step, 1)
             dweights = warpgroup_mma_wait(0, deps=[dweights])
             release(channels.dscores, step)
             if SPEC.DBIAS == "keys":
-                dbias += gl.sum(weights.to(gl.float32) * dweights, 1)
-            operand = gl.convert_layout(multiply_narrow(weights, dweights), operand_layout(SPEC.BLOCK_D))
+                dbias += gl.sum(bias_gradients(weights, dweights, channels, slot, SPEC), 1)
+            dscores = score_gradients(factors, dweights, channels, slot, SPEC)
+            operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
             dk = warpgroup_mma(operand, q, dk, is_async=True)
             dk = warpgroup_mma_wait(0, deps=[dk])
             release(channels.q, step)
@@ -144,7 +171,7 @@ def attention_bwd_wide(q, k, v, dout, rows, bias, dk, dv, dbias, call, SPEC: gl.
         call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     inputs = Inputs(q, k, v, dout, rows, bias)
     gradients = Gradients(0, dk, dv, dbias)
-    channels = new_channels(inputs, None, SPEC, TILE, 2, True)
+    channels = new_channels(inputs, None, SPEC, TILE, 2, tiles_of_weights(SPEC))
     fence_async_shared()
     gl.warp_specialize(
         [

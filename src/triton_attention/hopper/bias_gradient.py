@@ -35,10 +35,12 @@ from triton_attention.hopper.channel import (
     wait_full,
 )
 from triton_attention.hopper.channel import tile_of as tile_of_channel
+from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
+from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
 from triton_attention.hopper.schedule import visible_range
-from triton_attention.hopper.softmax import LOG2_E, allowed, opaque_zero
+from triton_attention.hopper.softmax import LOG2_E, allowed, cap_scores, distances, opaque_zero
 
 CONSUMERS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(2 * 64)  # 64 a consumer
@@ -220,11 +222,14 @@ def add_sharers(
     grad = zero
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
     bias_tile = tile_of_channel(streams.bias.tiles, streams.bias, tiles, INDEX)
+    seed = load_seed(call, SPEC)
     sharer = first_sharer(tile, sharing)
     next_lse, next_negative_delta = load_query_numbers(operands.rows, sharer.batch, sharer.head, numbers, call, SPEC)
     for i in range(tile.count):
         is_last = i == tile.count - 1
         lse, negative_delta = next_lse, next_negative_delta
+        slope = load_slope(sharer.batch, sharer.head, call, SPEC) * LOG2_E
+        matrix = sharer.batch * call.heads_q + sharer.head
         scores = zero
         dweights = zero
         for chunk in gl.static_range(CHUNKS):
@@ -233,6 +238,7 @@ def add_sharers(
                 scores = warpgroup_mma_wait(1, deps=[scores])
                 release(streams.ready, step - 1)
             step += 1
+        bits = draw(seed, matrix, start_m, tile.start_n, call, SPEC, BLOCK_N, False)
         for chunk in gl.static_range(CHUNKS):
             dweights = multiply(streams, step, dweights, INDEX, chunk == 0)
             if chunk == 0:
@@ -245,15 +251,19 @@ def add_sharers(
         next_lse, next_negative_delta = load_query_numbers(
             operands.rows, sharer.batch, sharer.head, numbers, call, SPEC
         )
+        scores, _ = cap_scores(scores, call, SPEC)  # before the bias is in registers
         wait_full(streams.bias, tiles)
         bias = bias_tile.load(layout)
-        weights = gl.exp2(scores * call.scale + (bias.to(gl.float32) * LOG2_E - lse[:, None]))
+        exponents = scores + (bias.to(gl.float32) * LOG2_E - lse[:, None])
+        if SPEC.ALIBI:  # with a zero that the compiler does not know: distances are not kept from sharer to sharer
+            exponents -= slope * distances(start_m + call.extras.diagonal + opaque_zero(), tile.start_n, BLOCK_N)
+        weights = gl.exp2(exponents)
         # The branch keeps the exponentials before the wait, which ptxas would else move up.
         if is_last:
             release(streams.bias, tiles)
         dweights = warpgroup_mma_wait(0, deps=[dweights])
         release(streams.ready, step - 1)
-        grad += weights * (dweights + negative_delta[:, None])
+        grad += weights * (drop(dweights, bits, SPEC) + negative_delta[:, None])
     return grad, step
 
 

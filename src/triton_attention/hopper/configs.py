@@ -155,7 +155,8 @@ class BackwardSpec:
     DQ: str = "apart"  # or "added": the kernel that owns keys adds up dq, in no fixed order
     SOFTCAP: bool = False
     ALIBI: bool = False
-    VARLEN: bool = False  # sequences are packed one after the other; then neither a bias nor sums of dq
+    DROPOUT: bool = False
+    VARLEN: bool = False  # sequences are packed one after the other; then no bias, dropout or sums of dq
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ class RowsSpec:
     BLOCK_D: int
     BLOCK_DV: int
     VARLEN: bool = False
+    DROPOUT: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ class BackwardRow(NamedTuple):
     bias_size: int  # bytes of a number of a bias that varies along queries and keys are at most this; 0 = no such bias
     tile: BackwardTile
     seqlen_k: range = range(2**31)
+    dropout: bool | None = None  # whether there is dropout, whose bits want shared memory; None matches either
 
 
 class QueriesRow(NamedTuple):
@@ -234,6 +237,7 @@ class QueriesRow(NamedTuple):
     bias_size: int
     tile: QueriesTile
     seqlen_k: range = range(2**31)
+    dropout: bool | None = None
 
 
 _Row = TypeVar("_Row", BackwardRow, QueriesRow)
@@ -264,6 +268,7 @@ KEYS_ROWS = (
     BackwardRow(128, 0, BackwardTile(2, 2, 0, True, 240, 24, 168)),  # 733 / 678; not early: 648 / 639
     BackwardRow(128, 2, BackwardTile(2, 2, 0, True, 240, 24, 168)),
     BackwardRow(128, 4, BackwardTile(2, 1, 0, True, 240, 24, 168)),
+    BackwardRow(256, 2, BackwardTile(1, 2, 1, True, 240, 24, 168), dropout=True),
     BackwardRow(256, 2, BackwardTile(1, 2, 2, True, 240, 24, 168)),  # 749 / 686
     BackwardRow(256, 4, BackwardTile(1, 1, 2, True, 240, 24, 168)),
 )
@@ -290,7 +295,14 @@ def queries_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> Queri
 def _first_row(rows: tuple[_Row, ...], spec: BackwardSpec, bias_size: int, seqlen_k: int) -> _Row:
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     size = bias_size if spec.BIAS_ROWS else 0
-    return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size and seqlen_k in row.seqlen_k)
+    return next(
+        row
+        for row in rows
+        if head_dim <= row.head_dim
+        and size <= row.bias_size
+        and seqlen_k in row.seqlen_k
+        and row.dropout in (None, spec.DROPOUT)
+    )
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:

@@ -38,6 +38,7 @@ from triton_attention.problem import NO_EXTRAS, Extras, Mask, read_by_rows
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
+_HIGHEST_RATE = 1.0 - 2.0**-15  # of dropout: beyond it probabilities / (1 - dropout_p) may leave float16
 
 
 def forward(
@@ -80,12 +81,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed.
 
-    With `deterministic`, and of packed sequences, dq is added up in a fixed order. None where rows are not aligned,
-    with dropout, where packed sequences have a bias, and where its gradient is wanted beside a softcap or ALiBi.
+    With `deterministic`, and of packed sequences, dq is added up in a fixed order. None where rows are not aligned, and
+    where the backward does not take the extras.
 
     `known` is as in `forward`, and stands for the mask and the scale and for the layouts of all tensors.
     """
-    if not differentiates(extras, bias is not None, needs_dbias):
+    if not differentiates(extras, bias is not None):
         return None
     device, packed = q.device, extras.packing is not None
     if packed:
@@ -119,11 +120,10 @@ def backward(
         return dq, dk, dv, plan.finish_dbias(), plan.finish_dsink()
 
 
-def differentiates(extras: Extras, has_bias: bool, needs_dbias: bool) -> bool:
-    """Whether the backward kernels take what few calls have."""
-    changes_scores = extras.softcap > 0.0 or extras.alibi_slopes is not None
-    packed_with_bias = extras.packing is not None and has_bias
-    return extras.dropout_p == 0.0 and not packed_with_bias and not (changes_scores and needs_dbias)
+def differentiates(extras: Extras, has_bias: bool) -> bool:
+    """Whether the backward kernels take what few calls have: packed sequences with neither a bias nor dropout."""
+    plainly_packed = not has_bias and extras.dropout_p == 0.0
+    return (extras.packing is None or plainly_packed) and extras.dropout_p <= _HIGHEST_RATE
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:

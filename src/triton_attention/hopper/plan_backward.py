@@ -67,6 +67,7 @@ class SinkRows(NamedTuple):
     lse: Tensor
     rows: Tensor  # see `attention_bwd_rows`
     packed: bool
+    kept_factor: float  # of dropout, by which its -delta is divided; packed sequences have none
 
     def dscores(self) -> Tensor:
         """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q).
@@ -77,7 +78,8 @@ class SinkRows(NamedTuple):
             lse, negative_delta = self.rows.unbind(2)
             return torch.exp2(self.sink.float()[:, None] * _LOG2_E - lse) * negative_delta
         lse = self.lse.masked_fill(self.lse == -math.inf, math.inf)
-        return torch.exp(self.sink.float()[:, None] - lse) * self.rows[:, :, 1, : lse.shape[2]]
+        probability = torch.exp(self.sink.float()[:, None] - lse)
+        return probability * self.rows[:, :, 1, : lse.shape[2]] * self.kept_factor
 
 
 class BackwardPlan(NamedTuple):
@@ -129,13 +131,14 @@ def plan_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
     addend = _Addend.of(bias, (batch, heads, seqlen_q, seqlen_k))
-    kind = _kind_of_dbias(bias, q) if needs_dbias and bias is not None else "none"
+    kind = _kind_of_dbias(bias, q, extras) if needs_dbias and bias is not None else "none"
     dbias = _new_dbias(kind, bias, dlse, lse, mask)
     in_turn = not packed and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
     adds_dq = not deterministic and in_turn and block_d == block_dv  # dk takes the way of dv
     spec = BackwardSpec(
         block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
-        SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, VARLEN=packed,
+        SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, DROPOUT=extras.seed is not None,
+        VARLEN=packed,
     )  # fmt: skip
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
@@ -154,7 +157,8 @@ def plan_backward(
     tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, counter, call, num_sms)
 
     row_programs = blocks_m * matrices
-    variant = (RowsSpec(head_dim, head_dim_v, block_d, block_dv, packed), RowsTile(_ROWS, min(block_d, 64)))
+    rows_spec = RowsSpec(head_dim, head_dim_v, block_d, block_dv, packed, spec.DROPOUT)
+    variant = (rows_spec, RowsTile(_ROWS, min(block_d, 64)))
     dlse_argument = ABSENT if dlse is None else flat(dlse)
     results = (_strided(out, packed), _strided(dout, packed), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
     if adds_dq:
@@ -174,7 +178,8 @@ def plan_backward(
     if bias is not None and kind == "shared":
         dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, num_sms)
         launches.append(launch)
-    sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows, packed)
+    kept_factor = 1.0 / (1.0 - extras.dropout_p)
+    sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows, packed, kept_factor)
     return BackwardPlan(dq, dk, dv, dbias, bias, sink_rows, launches)
 
 
@@ -350,13 +355,14 @@ def _rows_of(tensor: Tensor, rows: int, columns: int, packed: bool = False) -> A
     return row_descriptors(tensor, rows, columns, 0, packed)[0]
 
 
-def _kind_of_dbias(bias: Tensor, q: Tensor) -> str:
+def _kind_of_dbias(bias: Tensor, q: Tensor, extras: Extras) -> str:
     """How the gradient of a bias is made; see the kernels."""
     if bias.shape[3] == 1:
         return "queries"
     if bias.shape[2] == 1:
         return "keys"
-    return "tile" if bias.shape[:2] == (q.shape[0], q.shape[2]) and bias.dtype == q.dtype else "shared"
+    is_dscores = extras.softcap == 0.0 and bias.dtype == q.dtype  # what makes dq and dk
+    return "tile" if is_dscores and bias.shape[:2] == (q.shape[0], q.shape[2]) else "shared"
 
 
 def _padded(head_dim: int) -> int:

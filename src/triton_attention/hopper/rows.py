@@ -81,6 +81,8 @@ def attention_bwd_rows(
     """Two numbers a query: lse in units of log 2, and -delta = dlse - rowsum(dout * out). And zeros, where dQ is summed
     and where the programs of the next kernel count blocks.
 
+    With dropout, whose factor c is 1 / (1 - p), dS = P (c D dP - delta) for D = 0 or 1, and dV = (c D P)^T dO. With c P
+    for P that is c P (D dP - delta / c) and (D c P)^T dO: so lse - log(c) and -delta / c, and no factor elsewhere.
     A query that sees no key, or does not exist, has lse = +inf: all its probabilities become 0. A bias of one number a
     query is taken from lse, since exp(scores + bias - lse) = exp(scores - (lse - bias)).
     `rows` is (batch, heads_q, 2, seqlen_q padded), and of packed sequences (1, heads_q, 2, total_q padded): each is
@@ -112,6 +114,9 @@ def attention_bwd_rows(
         negative_delta += tl.load(dlse + origin + numbers, mask=exists, other=0.0)
     lse_rows = tl.load(lse + origin + numbers, mask=exists, other=-INFINITY)
     empty = lse_rows == -INFINITY
+    if SPEC.DROPOUT:
+        negative_delta /= call.extras.kept_factor
+        lse_rows -= tl.log(call.extras.kept_factor)
     if bias is not None:
         pointers = bias.ptr + batch * bias.batch + head * bias.head + numbers.to(tl.int64) * bias.row
         lse_rows -= tl.load(pointers, mask=exists, other=0.0).to(tl.float32)

@@ -63,7 +63,7 @@ def launches(case: Case, target: GPUTarget, backend: str = "portable") -> list[L
     extras = Extras(problem.softcap, slopes, sink, problem.dropout_p, seed, packing)
     if backend == "hopper":
         plan = hopper.plan_forward(q, k, v, bias, problem.mask, problem.softmax_scale, _NUM_SMS, extras)
-        if not hopper.differentiates(extras, bias is not None, needs_dbias):
+        if not hopper.differentiates(extras, bias is not None):
             return [plan.launch]
         dout, dlse = torch.empty_like(plan.out), torch.empty_like(plan.lse)
         call = (dout, dlse, q, k, v, bias, plan.out, plan.lse, problem.mask)
