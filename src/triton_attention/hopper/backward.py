@@ -61,7 +61,7 @@ from triton_attention.hopper.layouts import (
     operand_layout,
     rows_layout,
 )
-from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, narrow, unmarked
+from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, narrow, unmarked, widen
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import first_tile, place_of_keys, place_of_queries
 from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, allowed, cap_scores, distances, opaque_zero
@@ -240,7 +240,7 @@ def score_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
 @gluon.jit
 def bias_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
     """The same in float32."""
-    weights = weights.to(gl.float32)
+    weights = widen(weights, SPEC)
     if SPEC.DROPOUT:
         negative_delta = load_numbers(channels.rows, slot * 2 + 1)[None, :]
         dscores = gl.maximum(weights, 0.0) * dweights + gl.abs(weights) * negative_delta

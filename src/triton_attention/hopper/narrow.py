@@ -1,4 +1,4 @@
-"""How are float32 numbers and their products rounded to 16 bits? Two at once, by inline PTX; each function says why."""
+"""How are 16-bit numbers made, multiplied and widened? Two at once, by inline PTX; each function says why."""
 
 from __future__ import annotations
 
@@ -31,6 +31,25 @@ def unmarked(weights, SPEC: gl.constexpr):
             dtype=weights.dtype, is_pure=True, pack=2,
         )  # fmt: skip
     return weights
+
+
+@gluon.jit
+def widen(weights, SPEC: gl.constexpr):
+    """16-bit weights in float32. At one place, as in `multiply_narrow`, where more than a bias changes scores or
+    weights: other kernels have registers enough."""
+    if not (SPEC.SOFTCAP or SPEC.ALIBI or SPEC.DROPOUT):
+        widened = weights.to(gl.float32)
+    elif weights.dtype == gl.bfloat16:
+        widened = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [weights],
+            dtype=gl.float32, is_pure=False, pack=2,
+        )  # fmt: skip
+    else:
+        widened = gl.inline_asm_elementwise(
+            "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}", "=&r,=&r,r", [weights],
+            dtype=gl.float32, is_pure=False, pack=2,
+        )  # fmt: skip
+    return widened
 
 
 @gluon.jit
