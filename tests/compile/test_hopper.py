@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from triton_attention.hopper import support
-from triton_attention.hopper.bias_gradient import attention_bwd_dbias
 from triton_attention.hopper.configs import BACKWARD_ROWS, KEYS_ROWS, QUERIES_ROWS, ROWS
 from triton_attention.kernel import compile_launch
 from triton_attention.problem import Mask
@@ -17,11 +16,13 @@ from triton_attention.testing.fake_device import TARGETS, assembler_messages, co
 
 SM_90 = TARGETS["sm_90"]
 SHARED_MEMORY = 232_448  # bytes that one block may have
-# Bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9. The worst is 232 with
-# 3.6, with which a clock chose the tiles, and 296 with 3.9: three consumers under a causal mask.
+# Bytes that a thread may keep in memory instead of registers, with any Triton from 3.6 to 3.9. The worst is 200 with
+# 3.6, with which a clock chose the tiles, and 320 with 3.9: the gradient of a bias of the keys.
 SPILLS_ALLOWED = 320
-# The same where softcap, ALiBi and dropout meet beside the gradient of a bias. The worst is 424 with 3.6.
-SPILLS_ALLOWED_OF_ALL = 448
+
+# The same where softcap, ALiBi and dropout meet. The worst is 384 with 3.6, and 464 with 3.9: head dim 128 and the
+# gradient of a bias of the keys.
+SPILLS_ALLOWED_OF_ALL = 480
 
 WINDOW = Mask(300, 200)
 
@@ -97,8 +98,7 @@ def test_variant_compiles(launch):
     resources = compile_for(launch, SM_90)
     assert resources.shared_memory <= SHARED_MEMORY, resources
     has_all = all(getattr(launch.spec, name, False) for name in ("SOFTCAP", "ALIBI", "DROPOUT"))
-    makes_dbias = launch.kernel is attention_bwd_dbias or getattr(launch.spec, "DBIAS", "none") != "none"
-    assert resources.spills <= (SPILLS_ALLOWED_OF_ALL if has_all and makes_dbias else SPILLS_ALLOWED), resources
+    assert resources.spills <= (SPILLS_ALLOWED_OF_ALL if has_all else SPILLS_ALLOWED), resources
     assert "wgmma" not in assembler_messages(launch, SM_90)  # "... instructions are serialized due to ..."
 
 

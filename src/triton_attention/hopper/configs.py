@@ -7,6 +7,7 @@ sequences there are two rows, so that a problem has two variants at most, whatev
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -228,6 +229,7 @@ class BackwardRow(NamedTuple):
     tile: BackwardTile
     seqlen_k: range = range(2**31)
     dropout: bool | None = None  # whether there is dropout, whose bits want shared memory; None matches either
+    crowding: range = range(4)  # see `_crowding`
 
 
 class QueriesRow(NamedTuple):
@@ -237,7 +239,6 @@ class QueriesRow(NamedTuple):
     bias_size: int
     tile: QueriesTile
     seqlen_k: range = range(2**31)
-    dropout: bool | None = None
 
 
 _Row = TypeVar("_Row", BackwardRow, QueriesRow)
@@ -246,6 +247,9 @@ _Row = TypeVar("_Row", BackwardRow, QueriesRow)
 # H100 80GB HBM3, Triton 3.6.0, bf16, microseconds of this kernel; batch * seqlen 16k, heads * d 2048, or with a matrix
 # bias that the batch shares, b 4, h 16, s 2048. A row without a comment was not timed.
 BACKWARD_ROWS = (
+    # three consumers spill up to 424 bytes, and 616 with Triton 3.9
+    BackwardRow(64, 0, BackwardTile(2, 3, 2, False, 208, 88, 168, 2), crowding=range(2, 4)),
+    BackwardRow(64, 2, BackwardTile(2, 3, 1, False, 208, 88, 168), crowding=range(2, 4)),
     # s 1024 full / causal: 705 / 465 us; with two stages 760 / 485, with three and one block of keys 710 / 501
     BackwardRow(64, 0, BackwardTile(3, 3, 2, False, 144, 80, 128, 2)),
     # pair bias n 256, 384, 512: 106, 308, 696 us, with three consumers 137, 265, 653; with two stages 119, 336, 725 and
@@ -284,7 +288,9 @@ QUERIES_ROWS = (
 
 def keys_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> BackwardTile:
     """The tile of the kernel for dk and dv; `bias_size` is that of one number of the bias, 0 without one."""
-    return _first_row(BACKWARD_ROWS if spec.DQ == "added" else KEYS_ROWS, spec, bias_size, seqlen_k).tile
+    rows = BACKWARD_ROWS if spec.DQ == "added" else KEYS_ROWS
+    fitting = (row for row in rows if row.dropout in (None, spec.DROPOUT) and _crowding(spec) in row.crowding)
+    return _first_row(fitting, spec, bias_size, seqlen_k).tile
 
 
 def queries_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> QueriesTile:
@@ -292,17 +298,15 @@ def queries_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> Queri
     return _first_row(QUERIES_ROWS, spec, bias_size, seqlen_k).tile
 
 
-def _first_row(rows: tuple[_Row, ...], spec: BackwardSpec, bias_size: int, seqlen_k: int) -> _Row:
+def _first_row(rows: Iterable[_Row], spec: BackwardSpec, bias_size: int, seqlen_k: int) -> _Row:
     head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
     size = bias_size if spec.BIAS_ROWS else 0
-    return next(
-        row
-        for row in rows
-        if head_dim <= row.head_dim
-        and size <= row.bias_size
-        and seqlen_k in row.seqlen_k
-        and row.dropout in (None, spec.DROPOUT)
-    )
+    return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size and seqlen_k in row.seqlen_k)
+
+
+def _crowding(spec: BackwardSpec) -> int:
+    """How much there is that wants registers: changed scores, dropout, and the gradient of a bias of the keys."""
+    return (spec.SOFTCAP or spec.ALIBI) + spec.DROPOUT + (spec.DBIAS == "keys")
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:
