@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_attention import attention, ops
-from triton_attention.hopper.dropout import philox_words, quads_layout, row_quads_layout
+from triton_attention.hopper.dropout import eights_layout, philox_words, row_eights_layout
 from triton_attention.philox import philox_4x32
 from triton_attention.portable import configs
 from triton_attention.portable.configs import Tile
@@ -62,7 +62,7 @@ def test_the_helper_says_what_the_reference_will_drop():
 
 
 @pytest.mark.parametrize("dropout_p", [2**-40, 1.0 - 2**-40])
-def test_rates_that_32_bits_do_not_tell_from_0_and_1(dropout_p):
+def test_rates_that_16_bits_do_not_tell_from_0_and_1(dropout_p):
     q, k, v = torch.zeros(2, 5, HEADS_Q, 8), torch.zeros(2, 7, HEADS_KV, 8), torch.ones(2, 7, HEADS_KV, 8)
     out, lse = run(q, k, v, dropout_p)
     torch.testing.assert_close(out, torch.full_like(out, float(dropout_p < 0.5)))
@@ -103,12 +103,12 @@ def test_the_words_of_hopper_are_those_of_the_reference(seed):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_threads_share_what_four_keys_take(transposed):
-    """Each evaluation has one owner, of the two, or transposed four, who have the weights that it is for."""
+def test_threads_share_what_eight_keys_take(transposed):
+    """Each evaluation has one owner, of the four, or transposed eight, who have the weights that it is for."""
     for columns in (32, 64, 128):
-        layout = (row_quads_layout if transposed else quads_layout)(columns)
+        layout = (row_eights_layout if transposed else eights_layout)(columns)
         owners = {}
-        for warp, lane, register in product(range(4), range(32), range(columns // 8)):
+        for warp, lane, register in product(range(4), range(32), range(columns // 16)):
             bits = [(register, layout.reg_bases), (lane, layout.lane_bases), (warp, layout.warp_bases)]
             place = [0, 0]
             for number, bases in bits:
@@ -116,15 +116,13 @@ def test_threads_share_what_four_keys_take(transposed):
                     if number >> bit & 1:
                         place = [old ^ new for old, new in zip(place, basis, strict=True)]
             owners.setdefault(tuple(place), []).append((warp, lane))
-            if transposed:  # of keys, by quads, and queries
-                quad, column = place
-                assert quad // 4 == warp
-                assert quad % 2 == lane // 16
+            if transposed:  # of keys, by eights, and queries
+                eight, column = place
+                assert eight // 2 == warp
                 assert column % 8 // 2 == lane % 4
             else:
-                row, quad = place
+                row, eight = place
                 assert row % 8 == lane // 4
                 assert row // 16 == warp
-                assert quad % 2 == lane % 4 // 2
-        assert len(owners) == 64 * columns // 4
+        assert len(owners) == 64 * columns // 8
         assert all(len(who) == 1 for who in owners.values())

@@ -10,32 +10,33 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from triton_attention import philox
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.softmax import opaque_zero
 
-ROUNDS = gl.constexpr(10)
+ROUNDS = gl.constexpr(philox.ROUNDS)
 
 
 @gluon.constexpr_function
-def quads_layout(columns):
-    """A (64, columns / 4) tile whose element (i, j) stands for the columns [4 j, 4 j + 4) of row i of an accumulator.
+def eights_layout(columns):
+    """A (64, columns / 8) tile whose element (i, j) stands for the columns [8 j, 8 j + 8) of row i of an accumulator.
 
-    There, two threads share four columns of two rows; here each of them has one of the rows.
+    There, four threads share sixteen columns of two rows; here each of them has eight of one of the rows.
     """
-    registers = [[0, 2 << bit] for bit in range((columns // 8).bit_length() - 1)]
+    registers = [[0, 2 << bit] for bit in range((columns // 16).bit_length() - 1)]
     lanes = [[8, 0], [0, 1], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns // 4])
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns // 8])
 
 
 @gluon.constexpr_function
-def row_quads_layout(columns):
-    """A (16, columns) tile whose element (i, j) stands for the rows [4 i, 4 i + 4) of column j of an accumulator.
+def row_eights_layout(columns):
+    """An (8, columns) tile whose element (i, j) stands for the rows [8 i, 8 i + 8) of column j of an accumulator.
 
-    There, four threads share four rows, and four more, of two columns; here each of them has one of the four.
+    There, eight threads share sixteen rows of four columns; here each of them has eight of one of the columns.
     """
-    registers = [[0, 8 << bit] for bit in range((columns // 8).bit_length() - 1)]
-    lanes = [[0, 2], [0, 4], [0, 1], [2, 0], [1, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[4, 0], [8, 0]], [], [16, columns])
+    registers = [[0, 16 << bit] for bit in range((columns // 16).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [0, 1], [1, 0], [0, 8]]
+    return gl.DistributedLinearLayout(registers, lanes, [[2, 0], [4, 0]], [], [8, columns])
 
 
 def philox_words(c0, c1, c2, c3, seed):
@@ -59,41 +60,50 @@ _philox_words = gluon.jit(philox_words)
 
 
 @gluon.jit
+def left_out(first, second, drop_below):
+    """Four bits for the halves of two words, low before high: 1 where one is below `drop_below`."""
+    bits = ((first & 0xFFFF) < drop_below).to(gl.uint32) | (first < drop_below << 16).to(gl.uint32) << 1
+    return bits | ((second & 0xFFFF) < drop_below).to(gl.uint32) << 2 | (second < drop_below << 16).to(gl.uint32) << 3
+
+
+@gluon.jit
 def draw(seed, matrix, start_m, start_n, call, SPEC: gl.constexpr, COLUMNS: gl.constexpr, TRANSPOSED: gl.constexpr):
     """What dropout leaves out of a (64, COLUMNS) tile of weights, (queries, keys) or if TRANSPOSED (keys, queries).
 
     Element (i, 8 w + c) of the result is for row i and the columns 64 w + 8 j + c: its bit 4 j is 1 where one is left
-    out. `matrix` is the number of a query head among those of all batch entries, and start_n a multiple of 4.
+    out. `matrix` is the number of a query head among those of all batch entries, and start_n a multiple of 8.
     """
     if SPEC.DROPOUT:
         WORDS: gl.constexpr = COLUMNS // 64 if COLUMNS > 64 else 1
         EIGHTS: gl.constexpr = COLUMNS // WORDS // 8
         # What is made with a zero that the compiler does not know is made anew for each tile, and waits in no register.
         if TRANSPOSED:
-            LAYOUT: gl.constexpr = row_quads_layout(COLUMNS)
-            QUADS: gl.constexpr = 8  # in a row of the layout, for an eight of columns
-            rows = gl.arange(0, WARPGROUP_ROWS // 4, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
+            LAYOUT: gl.constexpr = row_eights_layout(COLUMNS)
+            rows = gl.arange(0, WARPGROUP_ROWS // 8, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
             columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-            quads = (start_n // 4 + rows).to(gl.uint32)[:, None]
+            eight = columns // 8  # which one of columns
+            eights = (start_n // 8 + rows).to(gl.uint32)[:, None]
             queries = (start_m + columns).to(gl.uint32)[None, :]
         else:
-            LAYOUT: gl.constexpr = quads_layout(COLUMNS)
-            QUADS: gl.constexpr = 2
+            LAYOUT: gl.constexpr = eights_layout(COLUMNS)
             rows = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
-            columns = gl.arange(0, COLUMNS // 4, layout=gl.SliceLayout(0, LAYOUT))
-            quads = (start_n // 4 + columns).to(gl.uint32)[None, :]
+            eight = gl.arange(0, COLUMNS // 8, layout=gl.SliceLayout(0, LAYOUT))
+            eights = (start_n // 8 + eight).to(gl.uint32)[None, :]
             queries = (start_m + rows).to(gl.uint32)[:, None]
         number = gl.to_tensor(matrix).to(gl.uint32)
         zero = gl.to_tensor(0).to(gl.uint32)
-        first, second, third, fourth = _philox_words(quads, queries, number, zero, seed + opaque_zero())
-        threshold = call.extras.drop_below
-        bits = (first < threshold).to(gl.uint32) | (second < threshold).to(gl.uint32) << 1
-        bits |= (third < threshold).to(gl.uint32) << 2 | (fourth < threshold).to(gl.uint32) << 3
-        bits <<= (columns // QUADS % EIGHTS * 4).to(gl.uint32)[None, :]
-        bits = gl.sum(bits.reshape([bits.shape[0], WORDS, EIGHTS, QUADS]), 2)
-        bits = gl.join(gl.join(bits, bits >> 2), gl.join(bits >> 1, bits >> 3))  # the four keys of a quad
+        first, second, third, fourth = _philox_words(eights, queries, number, zero, seed + opaque_zero())
+        drop_below = call.extras.drop_below
+        place = (eight % EIGHTS * 4).to(gl.uint32)[None, :]
+        bits = left_out(first, second, drop_below) << place
+        bits = gl.join(bits, left_out(third, fourth, drop_below) << place)
         if TRANSPOSED:
-            bits = bits.permute((0, 3, 4, 1, 2))
+            bits = gl.sum(bits.reshape([WARPGROUP_ROWS // 8, WORDS, EIGHTS, 8, 2]), 2)
+        else:
+            bits = gl.sum(bits.reshape([WARPGROUP_ROWS, WORDS, EIGHTS, 2]), 2)
+        bits = gl.join(gl.join(bits, bits >> 2), gl.join(bits >> 1, bits >> 3))  # the four keys of half an eight
+        if TRANSPOSED:
+            bits = bits.permute((0, 3, 4, 5, 1, 2))
         bits = gl.convert_layout(bits.reshape([WARPGROUP_ROWS, WORDS * 8]), accumulator_layout(WORDS * 8))
     else:
         bits = 0

@@ -27,7 +27,7 @@ class Extras(NamedTuple):
     diagonal: object  # the j - i where ALiBi adds nothing
     sink: object  # (heads_q,)
     seed: object  # of dropout: one number
-    drop_below: object  # dropout keeps a probability iff its 32 bits are at least this
+    drop_below: object  # dropout keeps a probability iff its 16 bits are at least this
     kept_factor: object  # 1 / (1 - dropout_p)
 
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from triton_attention import philox
+
+ROUNDS = tl.constexpr(philox.ROUNDS)
+
 
 @triton.jit
 def kept_tile(head, start_m, start_n, call, SPEC: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """True where a probability is kept: (BLOCK_M, BLOCK_N) or its transpose; without dropout one True for all.
 
-    One evaluation of Philox makes the words of four neighbouring keys, so that a tile takes BLOCK_M * BLOCK_N / 4.
-    `start_n` is a multiple of 4.
+    One evaluation of Philox makes the numbers of eight neighbouring keys, so that a tile takes BLOCK_M * BLOCK_N / 8.
+    `start_n` is a multiple of 8.
     """
     if SPEC.DROPOUT:
         queries = (start_m + tl.arange(0, TILE.BLOCK_M))[:, None]
-        key_blocks = (start_n // 4 + tl.arange(0, TILE.BLOCK_N // 4))[None, :]
+        key_blocks = (start_n // 8 + tl.arange(0, TILE.BLOCK_N // 8))[None, :]
         first, second, third, fourth = tl.philox(
-            head.seed, key_blocks, queries, tl.cast(head.batch * call.heads_q + head.index, tl.int32), 0
+            head.seed, key_blocks, queries, tl.cast(head.batch * call.heads_q + head.index, tl.int32), 0, ROUNDS
         )
-        words = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))  # (BLOCK_M, BLOCK_N)
-        kept = words >= head.drop_below
+        words = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))  # (BLOCK_M, BLOCK_N / 2)
+        kept = tl.interleave(words & 0xFFFF, words >> 16) >= head.drop_below
         if TRANSPOSED:
             kept = tl.trans(kept)
     else:

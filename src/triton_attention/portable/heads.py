@@ -26,7 +26,7 @@ class Extras(NamedTuple):
     diagonal: object  # the j - i where ALiBi adds nothing
     sink: object  # (heads_q,)
     seed: object  # of dropout: one number
-    drop_below: object  # dropout keeps a probability iff its 32 bits are at least this
+    drop_below: object  # dropout keeps a probability iff its 16 bits are at least this
     kept_factor: object  # 1 / (1 - dropout_p)
     cu_seqlens_q: object  # (batch + 1,): where packed sequences begin, and the last one ends
     cu_seqlens_k: object
