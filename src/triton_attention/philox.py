@@ -1,8 +1,8 @@
 """Which attention probabilities does dropout keep? Counter-based random numbers, whatever the tile that asks.
 
 Philox-4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Seven rounds pass every test of
-TestU01's BigCrush there; ten are the default of generators for all purposes. The decision on one probability depends on
-the seed and on its (batch, head, query, key) alone, so that forward and backward, any tiling and any backend agree on it:
+TestU01's BigCrush there; ten are the default of generators for all purposes. The decision on one probability depends
+on the seed and on its (batch, head, query, key) alone: forward and backward, any tiling and any backend agree on it.
 
     key     = the low and the high 32 bits of the seed
     counter = (key position // 8, query position, batch * heads + head, 0)
