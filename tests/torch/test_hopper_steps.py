@@ -9,6 +9,7 @@ import torch
 from gluon_as_python import as_python, language
 
 from triton_attention.hopper import backward_walk
+from triton_attention.hopper.configs import BackwardSpec
 from triton_attention.hopper.plan_backward import _splits, plan_backward
 from triton_attention.problem import NO_EXTRAS, Mask
 
@@ -29,10 +30,10 @@ class Dealt:
     def __init__(self, numbers, end):
         self.tickets, self.end, self.told = list(numbers), end, {}
 
-    def take(self):
+    def take(self, spec):
         return self.tickets.pop(0) if self.tickets else self.end
 
-    def announce(self, i, number):
+    def announce(self, i, number, spec):
         assert i not in self.told
         self.told[i] = number
 
@@ -137,11 +138,12 @@ def test_a_number_is_heard_when_it_was_told():
         as_python(function, stand_in, {"mbarrier": slots})
         for function in (backward_walk.announce, backward_walk.number_of)
     )
+    spec = BackwardSpec(64, 64, False, False)
     for i in range(1, 5 * SLOTS):
         with pytest.raises(TimeoutError):
-            number_of(turns, i, None, None, None)
-        announce(turns, i, 10 * i)
-        assert number_of(turns, i, None, None, None) == SMS + 10 * i
+            number_of(turns, i, None, spec, None)
+        announce(turns, i, 10 * i, spec)
+        assert number_of(turns, i, None, spec, None) == SMS + 10 * i
 
 
 def test_a_block_that_no_query_sees_has_one_step_all_masked():

@@ -384,7 +384,7 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     i = 0
     number = gl.program_id(0)
     while number < num_blocks(call, SPEC, TILE):
-        ticket = take(channels.turns)
+        ticket = take(channels.turns, SPEC)
         block = block_of(number, call, SPEC, TILE)
         if SPEC.VARLEN:  # perhaps no query sees them
             send_keys(channels, inputs, i, block, SPEC, TILE)
@@ -397,7 +397,7 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
                         send_keys(channels, inputs, i, block, SPEC, TILE)
                 step += 1
         i += 1
-        announce(channels.turns, i, ticket)
+        announce(channels.turns, i, ticket, SPEC)
         number = number_of(channels.turns, i, call, SPEC, TILE)
 
 
@@ -515,7 +515,7 @@ def new_channels(
         dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, EXCHANGES, CONSUMERS)
     else:
         dscores = 0
-    turns = new_turns(counter, TILE, 4 if SPEC.DQ == "added" else 1)
+    turns = new_turns(counter, SPEC, TILE, 4 if SPEC.DQ == "added" else 1)
     return Channels(q, rows, bias_tiles, dout, k, v, dscores, turns)
 
 

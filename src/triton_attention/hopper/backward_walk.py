@@ -1,7 +1,7 @@
 """Which blocks of keys does a program visit, in which order, and which queries see a block?
 
-Blocks are numbered, see `block_of`. A program begins with the block of its own number. Then, where there is a counter,
-it takes the next block that nobody has taken, by counting up a number in global memory. The partition that copies
+Blocks are numbered, see `block_of`. A program begins with the block of its own number. Then, where it takes turns, it
+has the next block that nobody has taken, by counting up a number in global memory. The partition that copies
 operands decides, since it is ahead of the others, and announces each number to all.
 """
 
@@ -13,9 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from triton_attention.hopper import configs
 from triton_attention.hopper.channel import new_barriers
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.schedule import place_in_section, visible_range
+
+takes_turns = gluon.constexpr_function(configs.takes_turns)
 
 
 class Block(NamedTuple):
@@ -42,9 +45,9 @@ class Seen(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """How the partitions of a program learn which block comes next."""
+    """How the partitions of a program learn which block comes next; nothing of it is there where each has one."""
 
-    counter: object  # how many blocks were taken beyond the first of each program; None where that is all there is
+    counter: object  # how many blocks were taken beyond the first of each program
     numbers: object  # (slots, threads) in shared memory; the first counts: the others come along
     told: object  # (slots, 1) barriers: a number is there
 
@@ -62,38 +65,38 @@ class Step(NamedTuple):
 
 
 @gluon.jit
-def new_turns(counter, TILE: gl.constexpr, WARPS: gl.constexpr):
+def new_turns(counter, SPEC: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr):
     """WARPS: of the partition that decides. It is at most TILE.STAGES steps ahead of the others, and a block has at
     least one step: with more slots than stages none is written that is still to be read."""
-    if counter is None:
-        turns = Turns(None, 0, 0)
-    else:
+    if takes_turns(SPEC):
         SLOTS: gl.constexpr = 4 if TILE.STAGES < 4 else 8
         LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
         numbers = gl.allocate_shared_memory(gl.int32, [SLOTS, 32 * WARPS], LAYOUT)
         turns = Turns(counter, numbers, new_barriers(SLOTS, 1))
+    else:
+        turns = Turns(0, 0, 0)
     return turns
 
 
 @gluon.jit
-def take(turns):
+def take(turns, SPEC: gl.constexpr):
     """A ticket for the next block, in the first thread. It comes while other things are done; what is computed of it
     waits for it."""
-    if turns.counter is None:
-        ticket = 0
-    else:
+    if takes_turns(SPEC):
         LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         THREADS: gl.constexpr = turns.numbers.shape[1]
         thread = gl.arange(0, THREADS, layout=LAYOUT)
         one = gl.full([THREADS], 1, gl.int32, LAYOUT)
         ticket = gl.atomic_add(turns.counter + thread, one, mask=thread == 0, sem="relaxed")
+    else:
+        ticket = 0
     return ticket
 
 
 @gluon.jit
-def announce(turns, i, ticket):
+def announce(turns, i, ticket, SPEC: gl.constexpr):
     """The i-th block of this program is that of a ticket; that of i = 0 is not told."""
-    if turns.counter is not None:
+    if takes_turns(SPEC):
         slot = (i - 1) % turns.numbers.shape[0]
         turns.numbers.index(slot).store(gl.num_programs(0) + ticket)
         mbarrier.arrive(turns.told.index(slot), count=1)
@@ -102,14 +105,14 @@ def announce(turns, i, ticket):
 @gluon.jit
 def number_of(turns, i, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Of the i-th block of this program, i > 0; not below `num_blocks` if it has no more."""
-    if turns.counter is None:
-        number = num_blocks(call, SPEC, TILE)
-    else:
+    if takes_turns(SPEC):
         SLOTS: gl.constexpr = turns.numbers.shape[0]
         slot = (i - 1) % SLOTS
         mbarrier.wait(turns.told.index(slot), (i - 1) // SLOTS & 1)
         first = turns.numbers.index(slot).slice(0, 1)
         number = gl.sum(first.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    else:
+        number = num_blocks(call, SPEC, TILE)
     return number
 
 
@@ -177,7 +180,7 @@ def seen_by(block, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 def first_step(turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     number = gl.program_id(0)
     block = block_of(number, call, SPEC, TILE)
-    return Step(block.head_kv * call.group, block.first, block, number, 0, take(turns), True)
+    return Step(block.head_kv * call.group, block.first, block, number, 0, take(turns, SPEC), True)
 
 
 @gluon.jit
@@ -191,7 +194,7 @@ def following(step, turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     i = step.i
     ticket = step.ticket
     if step.is_secret:
-        announce(turns, i + 1, ticket)
+        announce(turns, i + 1, ticket, SPEC)
     is_secret = False
     if m == block.last:
         head += 1
@@ -200,7 +203,7 @@ def following(step, turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
             number = number_of(turns, i, call, SPEC, TILE)
             block = block_of(gl.minimum(number, num_blocks(call, SPEC, TILE) - 1), call, SPEC, TILE)
             head = block.head_kv * call.group
-            ticket = take(turns)
+            ticket = take(turns, SPEC)
             is_secret = True
         m = block.first
     return Step(head, m, block, number, i, ticket, is_secret)

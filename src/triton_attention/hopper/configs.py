@@ -142,6 +142,9 @@ def tile_for(spec: Spec, bias_size: int, seqlen_k: int) -> Tile:
     raise LookupError(f"no tile for {spec} with a bias of {bias_size} bytes a number and {seqlen_k} keys")
 
 
+REGISTER_HEAD_DIM = 128  # above it a warpgroup's registers do not hold both dk and dv
+
+
 @dataclass(frozen=True)
 class BackwardSpec:
     """What a backward kernel computes."""
@@ -307,6 +310,12 @@ def _first_row(rows: Iterable[_Row], spec: BackwardSpec, bias_size: int, seqlen_
 def _crowding(spec: BackwardSpec) -> int:
     """How much there is that wants registers: changed scores, dropout, and the gradient of a bias of the keys."""
     return (spec.SOFTCAP or spec.ALIBI) + spec.DROPOUT + (spec.DBIAS == "keys")
+
+
+def takes_turns(spec: BackwardSpec) -> bool:
+    """Whether a program of the kernel that owns keys takes one block of them after the other: packed sequences have a
+    program a block, and the kernel for wide heads."""
+    return not spec.VARLEN and max(spec.BLOCK_D, spec.BLOCK_DV) <= REGISTER_HEAD_DIM
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:

@@ -29,12 +29,14 @@ from triton_attention.hopper.backward_queries import attention_bwd_queries
 from triton_attention.hopper.backward_wide import attention_bwd_wide
 from triton_attention.hopper.bias_gradient import BLOCK_M, BLOCK_N, Sharing, attention_bwd_dbias
 from triton_attention.hopper.configs import (
+    REGISTER_HEAD_DIM,
     BackwardSpec,
     RowsSpec,
     RowsTile,
     bias_gradient_tile,
     keys_tile_for,
     queries_tile_for,
+    takes_turns,
 )
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.operands import (
@@ -50,7 +52,6 @@ from triton_attention.hopper.rows import PANEL, Strided, attention_bwd_dq, atten
 from triton_attention.kernel import Launch
 from triton_attention.problem import Extras, Mask
 
-_REGISTER_HEAD_DIM = 128  # above it a warpgroup's registers do not hold both dk and dv
 _LOG2_E = math.log2(math.e)
 _SECTION_BYTES = 24 << 20  # queries, their gradients, and the sums of dq, that stay in L2 together
 _SPLITS_OF_SEVERAL_ROUNDS = 8  # at most; each is a float32 copy of the gradient
@@ -133,13 +134,12 @@ def plan_backward(
     addend = _Addend.of(bias, (batch, heads, seqlen_q, seqlen_k))
     kind = _kind_of_dbias(bias, q, extras) if needs_dbias and bias is not None else "none"
     dbias = _new_dbias(kind, bias, dlse, lse, mask)
-    in_turn = not packed and max(block_d, block_dv) <= _REGISTER_HEAD_DIM
-    adds_dq = not deterministic and in_turn and block_d == block_dv  # dk takes the way of dv
     spec = BackwardSpec(
         block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
         SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, DROPOUT=extras.seed is not None,
         VARLEN=packed,
     )  # fmt: skip
+    adds_dq = not deterministic and takes_turns(spec) and block_d == block_dv  # dk takes the way of dv
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
     bytes_of_queries = row_bytes * ceil_div(seqlen_q, _ROWS) * _ROWS * group
@@ -153,7 +153,7 @@ def plan_backward(
         sequences.value,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type, packing=sequences.type))
-    counter = Argument(q.new_empty(1, dtype=torch.int32), "*i32:16") if in_turn else ABSENT
+    counter = Argument(q.new_empty(1, dtype=torch.int32), "*i32:16") if takes_turns(spec) else ABSENT
     tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, counter, call, num_sms)
 
     row_programs = blocks_m * matrices
@@ -218,7 +218,7 @@ class _Tensors(NamedTuple):
         )
         heads_kv = self.k.shape[2]
         blocks = self._blocks_of(self.k, _ROWS * tile.CONSUMERS) * heads_kv
-        if max(spec.BLOCK_D, spec.BLOCK_DV) > _REGISTER_HEAD_DIM:
+        if max(spec.BLOCK_D, spec.BLOCK_DV) > REGISTER_HEAD_DIM:
             return Launch(attention_bwd_wide, blocks, (*inputs, *gradients, self.call), spec, tile)
         programs = blocks if self.counter is ABSENT else min(blocks, self.num_sms)
         piece = _ROWS * min(spec.BLOCK_D, 64) // _PANEL  # rows of the matrix as which 64 columns of the sums lie
