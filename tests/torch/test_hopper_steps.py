@@ -15,6 +15,7 @@ from triton_attention.problem import NO_EXTRAS, Mask
 
 SMS = 3
 SLOTS = 4  # of `backward_walk.new_turns`
+NOTICE = backward_walk.NOTICE.value
 MASKS = [Mask(), Mask(None, 0), Mask(None, 0, top_left=True), Mask(70, 40), Mask(20, -30)]
 
 
@@ -30,12 +31,17 @@ class Dealt:
     def __init__(self, numbers, end):
         self.tickets, self.end, self.told = list(numbers), end, {}
 
-    def take(self, spec):
+    def next_ticket(self):
         return self.tickets.pop(0) if self.tickets else self.end
 
     def announce(self, i, number, spec):
         assert i not in self.told
         self.told[i] = number
+
+
+def ticket_with(head, m, block, ticket, turns, call, spec):
+    late = head + 1 == (block.head_kv + 1) * call.group and m == max(block.last - NOTICE, block.first)
+    return turns.next_ticket() if late else ticket
 
 
 def walking(launch, program):
@@ -46,7 +52,8 @@ def walking(launch, program):
                 getattr(backward_walk, name),
                 language(program, launch.programs),
                 {
-                    "take": Dealt.take,
+                    "no_ticket": lambda turns, spec: None,
+                    "ticket_with": ticket_with,
                     "announce": Dealt.announce,
                     "number_of": lambda turns, i, call, spec, tile: turns.told[i],
                 },
@@ -80,7 +87,7 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
             # Consumers have left the step STAGES ago, and so read its block's number: what is told now is not in the
             # slot of a later one.
             read = steps_of[max(len(steps_of) - 1 - tile.STAGES, 0)]
-            assert max(turns.told) - SLOTS <= read
+            assert max(turns.told, default=0) - SLOTS <= read
             return to_send
 
         sent = [(to_send.number, to_send.head, to_send.m)]
@@ -90,8 +97,7 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
                 sent.append((to_send.number, to_send.head, to_send.m))
         step = 0
         for i, number in enumerate(numbers):
-            if tile.KEYS_STAGES > 1:
-                assert turns.told[i + 1] == [*numbers, blocks][i + 1]  # else the assistant waits for itself
+            keys_are_due = tile.KEYS_STAGES > 1
             block = walk.block_of(number, call, spec, tile)
             visited.append((block.batch, block.head_kv, block.start_n))
             assert 0 <= block.first < block.last <= -(-seqlen_q // 64)
@@ -100,8 +106,12 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
                     if step > 0 and to_send.number < blocks:
                         to_send = send(to_send)
                         sent.append((to_send.number, to_send.head, to_send.m))
+                    if keys_are_due and to_send.i > i:
+                        assert turns.told[i + 1] == [*numbers, blocks][i + 1]  # else the assistant waits for itself
+                        keys_are_due = False
                     assert sent[step] == (number, head, m)
                     step += 1
+            assert not keys_are_due
             assert turns.told[i + 1] == [*numbers, blocks][i + 1]
         assert to_send.number >= blocks
     rows = 64 * tile.CONSUMERS

@@ -33,10 +33,11 @@ from triton_attention.hopper.backward_walk import (
     first_step,
     following,
     new_turns,
+    no_ticket,
     num_blocks,
     number_of,
     seen_by,
-    take,
+    ticket_with,
 )
 from triton_attention.hopper.channel import (
     Channel,
@@ -382,9 +383,9 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """A producer warp: it copies the operands of one step after the other."""
     step = 0
     i = 0
+    ticket = no_ticket(channels.turns, SPEC)
     number = gl.program_id(0)
     while number < num_blocks(call, SPEC, TILE):
-        ticket = take(channels.turns, SPEC)
         block = block_of(number, call, SPEC, TILE)
         if SPEC.VARLEN:  # perhaps no query sees them
             send_keys(channels, inputs, i, block, SPEC, TILE)
@@ -395,6 +396,7 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
                 if not SPEC.VARLEN:
                     if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
                         send_keys(channels, inputs, i, block, SPEC, TILE)
+                ticket = ticket_with(head, m, block, ticket, channels.turns, call, SPEC)
                 step += 1
         i += 1
         announce(channels.turns, i, ticket, SPEC)
@@ -425,13 +427,13 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     PIECES: gl.constexpr = SPEC.BLOCK_D // COLUMNS
     ROWS: gl.constexpr = BLOCK_M * COLUMNS // PANEL
     K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
-    AHEAD: gl.constexpr = TILE.KEYS_STAGES - 1  # blocks of keys
+    EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
     zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
     blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
     to_send = first_step(turns, call, SPEC, TILE)
-    if AHEAD > 0:
+    if EARLY_KEYS:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
     for step in gl.static_range(STAGES):
         if to_send.number < last_block:
@@ -441,13 +443,10 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     i = 0
     number = gl.program_id(0)
     while number < last_block:
-        if AHEAD > 0:
-            keys_of = number_of(turns, i + AHEAD, call, SPEC, TILE)
-        else:
-            keys_of = number
-        if keys_of < last_block:
-            send_keys(channels, inputs, i + AHEAD, block_of(keys_of, call, SPEC, TILE), SPEC, TILE)
         block = block_of(number, call, SPEC, TILE)
+        if not EARLY_KEYS:
+            send_keys(channels, inputs, i, block, SPEC, TILE)
+        keys_are_due = True  # those of the next block, when its first queries have been sent
         wait_full(channels.k, i)
         for member in range(call.group):
             head = block.head_kv * call.group + member
@@ -457,6 +456,12 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                         channels, inputs, step - 1 + STAGES, to_send.head, to_send.m, to_send.block, call, SPEC, TILE
                     )
                     to_send = following(to_send, turns, call, SPEC, TILE)
+                if EARLY_KEYS:
+                    if keys_are_due and to_send.i > i:
+                        next_number = number_of(turns, i + 1, call, SPEC, TILE)
+                        if next_number < last_block:
+                            send_keys(channels, inputs, i + 1, block_of(next_number, call, SPEC, TILE), SPEC, TILE)
+                        keys_are_due = False
                 wait_full(channels.dscores, step)
                 if SPEC.DBIAS == "tile":
                     for part in gl.static_range(PARTS):

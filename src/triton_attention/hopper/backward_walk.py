@@ -2,7 +2,8 @@
 
 Blocks are numbered, see `block_of`. A program begins with the block of its own number. Then, where it takes turns, it
 has the next block that nobody has taken, by counting up a number in global memory. The partition that copies
-operands decides, since it is ahead of the others, and announces each number to all.
+operands decides, since it is ahead of the others, and announces each number to all. It asks for a number some steps
+before it needs it, since memory takes its time, and not earlier: who takes a long block early keeps others from it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from triton_attention.hopper import configs
 from triton_attention.hopper.channel import new_barriers
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.schedule import place_in_section, visible_range
+
+NOTICE = gl.constexpr(3)  # steps
 
 takes_turns = gluon.constexpr_function(configs.takes_turns)
 
@@ -60,8 +63,7 @@ class Step(NamedTuple):
     block: object
     number: object  # of that block of keys
     i: object  # how many blocks the program had before
-    ticket: object  # for the next one, and
-    is_secret: object  # whether it is still to be announced
+    ticket: object  # for the next one, see `ticket_with`
 
 
 @gluon.jit
@@ -79,17 +81,27 @@ def new_turns(counter, SPEC: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
-def take(turns, SPEC: gl.constexpr):
-    """A ticket for the next block, in the first thread. It comes while other things are done; what is computed of it
-    waits for it."""
+def no_ticket(turns, SPEC: gl.constexpr):
     if takes_turns(SPEC):
         LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        THREADS: gl.constexpr = turns.numbers.shape[1]
-        thread = gl.arange(0, THREADS, layout=LAYOUT)
-        one = gl.full([THREADS], 1, gl.int32, LAYOUT)
-        ticket = gl.atomic_add(turns.counter + thread, one, mask=thread == 0, sem="relaxed")
+        ticket = gl.full([turns.numbers.shape[1]], 0, gl.int32, LAYOUT)
     else:
         ticket = 0
+    return ticket
+
+
+@gluon.jit
+def ticket_with(head, m, block, ticket, turns, call, SPEC: gl.constexpr):
+    """A ticket for the next block, in the first thread: drawn with the step of a block that is NOTICE before its end,
+    or its first, else as it was. It comes while other things are done; what is computed of it waits for it."""
+    if takes_turns(SPEC):
+        is_late = m == gl.maximum(block.last - NOTICE, block.first)
+        if is_late and head + 1 == (block.head_kv + 1) * call.group:
+            THREADS: gl.constexpr = turns.numbers.shape[1]
+            LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+            thread = gl.arange(0, THREADS, layout=LAYOUT)
+            one = gl.full([THREADS], 1, gl.int32, LAYOUT)
+            ticket = gl.atomic_add(turns.counter + thread, one, mask=thread == 0, sem="relaxed")
     return ticket
 
 
@@ -180,30 +192,25 @@ def seen_by(block, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 def first_step(turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     number = gl.program_id(0)
     block = block_of(number, call, SPEC, TILE)
-    return Step(block.head_kv * call.group, block.first, block, number, 0, take(turns, SPEC), True)
+    return Step(block.head_kv * call.group, block.first, block, number, 0, no_ticket(turns, SPEC))
 
 
 @gluon.jit
 def following(step, turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """The step after one: a group's heads one after the other, then the program's next block of keys. With the second
-    step of a block, or the block after it, the number of that is announced."""
+    """The step after one: a group's heads one after the other, then the program's next block of keys."""
     head = step.head
     m = step.m + 1
     block = step.block
     number = step.number
     i = step.i
-    ticket = step.ticket
-    if step.is_secret:
-        announce(turns, i + 1, ticket, SPEC)
-    is_secret = False
+    ticket = ticket_with(head, step.m, block, step.ticket, turns, call, SPEC)
     if m == block.last:
         head += 1
         if head == (block.head_kv + 1) * call.group:
             i += 1
+            announce(turns, i, ticket, SPEC)
             number = number_of(turns, i, call, SPEC, TILE)
             block = block_of(gl.minimum(number, num_blocks(call, SPEC, TILE) - 1), call, SPEC, TILE)
             head = block.head_kv * call.group
-            ticket = take(turns, SPEC)
-            is_secret = True
         m = block.first
-    return Step(head, m, block, number, i, ticket, is_secret)
+    return Step(head, m, block, number, i, ticket)
