@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -57,8 +58,17 @@ def descriptor_strides(tensor: Tensor) -> list[int]:
     return [*outer, 1]
 
 
+_thread = threading.local()
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of a CUDA tensor the current one, where kernels are launched."""
+    """Makes the device of a CUDA tensor the current one, where kernels are launched.
+
+    A thread that has called CUDA's runtime never before has no context either, which tensor descriptors want.
+    """
+    if tensor.is_cuda and not getattr(_thread, "has_context", False):
+        torch.cuda.is_current_stream_capturing()  # any call of the runtime makes it
+        _thread.has_context = True
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)

@@ -167,9 +167,11 @@ def test_fork_after_use_is_refused_by_pytorch_and_harms_nothing(tmp_path):
 @needs_two_gpus
 @each_backend
 def test_each_device_computes_the_same(backend):
-    first, second = (results(leaves(device=f"cuda:{index}"), backend) for index in range(2))
+    first, second = (results(leaves(304, device=f"cuda:{index}"), backend) for index in range(2))
     assert [tensor.device.index for tensor in second] == [1] * 5
-    assert equal(results([x.detach().to("cuda:1").requires_grad_() for x in leaves(device="cuda:0")], backend), first)
+    assert equal(
+        results([x.detach().to("cuda:1").requires_grad_() for x in leaves(304, device="cuda:0")], backend), first
+    )
 
 
 @needs_two_gpus

@@ -22,7 +22,7 @@ MASKS = [
 ]  # fmt: skip
 DATA = (  # what the loops call for data alone
     "new_rows", "accumulator_layout", "wait_full", "as_operand", "multiply_values", "load_sink",
-    "load_row_bias", "load_bias", "warpgroup_mma_wait", "store", "drop", "release",
+    "load_row_bias", "load_bias", "warpgroup_mma_wait", "store", "draw", "drop", "release",
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def steps_of(work, spec, tile, call):
 
     instead = dict.fromkeys(DATA, nothing) | {
         "hear": lambda *_: next(heard),
-        "query_head": lambda *_: SimpleNamespace(limits=None),
+        "query_head": lambda *_: SimpleNamespace(limits=None, seed=None, number=None),
         "new_output": lambda *_: work,
         "wait_values": lambda *_: work,
         "multiply_keys": lambda channels, i, step, *_: first.append(step),

@@ -272,7 +272,7 @@ class _Addend(NamedTuple):
         tensor = (bias.view(torch.uint8) if is_mask else bias).expand(sizes)
         if bias.shape[3] > 1:
             return cls("mask" if is_mask else "added", bias.shape[2] > 1, bias.element_size(), tensor)
-        return cls("none", False, bias.element_size(), None if is_mask else tensor)  # such a mask shows in lse
+        return cls("none", False, bias.element_size(), tensor)
 
     def of_queries(self) -> Argument:
         """A bias that does not vary along the keys: it is taken from lse."""

@@ -84,7 +84,8 @@ def attention_bwd_rows(
     With dropout, whose factor c is 1 / (1 - p), dS = P (c D dP - delta) for D = 0 or 1, and dV = (c D P)^T dO. With c P
     for P that is c P (D dP - delta / c) and (D c P)^T dO: so lse - log(c) and -delta / c, and no factor elsewhere.
     A query that sees no key, or does not exist, has lse = +inf: all its probabilities become 0. A bias of one number a
-    query is taken from lse, since exp(scores + bias - lse) = exp(scores - (lse - bias)).
+    query is taken from lse, since exp(scores + bias - lse) = exp(scores - (lse - bias)); one that is False hides all
+    keys, which lse does not say where there is a sink.
     `rows` is (batch, heads_q, 2, seqlen_q padded), and of packed sequences (1, heads_q, 2, total_q padded): each is
     padded for itself, so that its numbers begin with those of its first tile.
     Grid: one program for each block of BLOCK_M queries of each head of each batch entry.
@@ -119,7 +120,11 @@ def attention_bwd_rows(
         lse_rows -= tl.log(call.extras.kept_factor)
     if bias is not None:
         pointers = bias.ptr + batch * bias.batch + head * bias.head + numbers.to(tl.int64) * bias.row
-        lse_rows -= tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+        values = tl.load(pointers, mask=exists, other=0)
+        if bias.ptr.dtype.element_ty == tl.uint8:
+            empty |= values == 0
+        else:
+            lse_rows -= values.to(tl.float32)
     target = rows + matrix * 2 * num_blocks * BLOCK_M + numbers
     if SPEC.VARLEN:
         target += (tile - block) * BLOCK_M  # the numbers of the sequences before

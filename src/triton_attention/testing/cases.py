@@ -188,6 +188,7 @@ CASES: tuple[Case, ...] = (
     Case(50, 61, 16, mask=CAUSAL, softcap=2.0),
     Case(50, 61, 16, mask=CAUSAL, alibi="h"),
     Case(50, 61, 16, mask=CAUSAL, sink=True),
+    *(Case(35, 40, 16, bias=b, bias_dtype=torch.bool, sink=True) for b in ("bhq1", "b111")),  # lse hides no hidden row
     Case(50, 61, 16, mask=CAUSAL, dropout_p=0.3),
     *_features(
         ((40, 35), (35, 40), (1, 67), (67, 1)),
