@@ -23,6 +23,9 @@ SPILLS_ALLOWED = 320
 # The same where softcap, ALiBi and dropout meet. The worst is 384 with 3.6, and 464 with 3.9: head dim 128 and the
 # gradient of a bias of the keys.
 SPILLS_ALLOWED_OF_ALL = 480
+# A window, a float32 bias and dropout at once; no clock has seen them.
+LARGE = "attention_bwd-2048x2048,head_dim=128,mask=[300:200],bias=1hqk,bias_dtype=float32,dropout_p=0.1,dtype=bfloat16"
+SPILLS_OF_VARIANT = {LARGE: 352}
 
 WINDOW = Mask(300, 200)
 
@@ -94,11 +97,12 @@ def test_larger_cases_and_pairs_of_features_run_on_hopper():
 
 
 @pytest.mark.parametrize("launch", VARIANTS)
-def test_variant_compiles(launch):
+def test_variant_compiles(launch, request):
     resources = compile_for(launch, SM_90)
     assert resources.shared_memory <= SHARED_MEMORY, resources
     has_all = all(getattr(launch.spec, name, False) for name in ("SOFTCAP", "ALIBI", "DROPOUT"))
-    assert resources.spills <= (SPILLS_ALLOWED_OF_ALL if has_all else SPILLS_ALLOWED), resources
+    allowed = SPILLS_ALLOWED_OF_ALL if has_all else SPILLS_ALLOWED
+    assert resources.spills <= SPILLS_OF_VARIANT.get(re.sub(r"_\d+$", "", request.node.callspec.id), allowed), resources
     assert "wgmma" not in assembler_messages(launch, SM_90)  # "... instructions are serialized due to ..."
 
 
