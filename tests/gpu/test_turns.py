@@ -6,11 +6,11 @@ import pytest
 import torch
 from hardware import needs_hopper
 
-from triton_attention import api
 from triton_attention.hopper import launch
 from triton_attention.problem import Mask
 from triton_attention.testing import Case, check_against_float64, make_inputs
 from triton_attention.testing.cases import CAUSAL, CAUSAL_TOP_LEFT, FULL
+from triton_attention.testing.fuzz import Target
 
 pytestmark = needs_hopper
 
@@ -40,16 +40,7 @@ def test_few_programs(case, programs, deterministic, monkeypatch):
     inputs, problem = make_inputs(case._replace(softmax_scale=scale), "cuda")
     problem = problem._replace(deterministic=deterministic)
 
-    def attention(inputs, problem):
-        return api.run(
-            inputs,
-            mask=problem.mask,
-            softmax_scale=problem.softmax_scale,
-            dropout_p=problem.dropout_p,
-            deterministic=problem.deterministic,
-            backend="hopper",
-        )
-
+    attention = Target("hopper", problem.device).attention
     check = check_against_float64(attention, inputs, problem)
     assert check.good, f"\n{check}"
     leaves = [x for x in inputs[:4] if x is not None]
