@@ -164,6 +164,24 @@ def test_keys_hidden_by_a_large_negative_bias(backend, dtype, hidden):
 
 
 @each_backend
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("step", [-30.0, -2.0, 2.0, 30.0])
+def test_a_maximum_that_rises_slowly_or_at_once(backend, head_dim, step):
+    """The output is rescaled for some steps of a maximum, and not for others; rows differ in when."""
+
+    def through_api(inputs, problem):
+        return attention(*inputs[:3], return_lse=True, backend=backend)
+
+    inputs, problem = make_inputs(Case(200, 700, head_dim, heads_q=2), "cuda")
+    q, k = inputs.q.detach().clone(), inputs.k.detach().clone()
+    q[..., 0] = torch.arange(200, device="cuda").remainder(3)[:, None]
+    k[..., 0] = torch.arange(700, device="cuda").div(64, rounding_mode="floor")[:, None] * step * head_dim**0.5
+    inputs = inputs._replace(q=q.requires_grad_(), k=k.requires_grad_())
+    check = check_against_float64(through_api, inputs, problem)
+    assert check.good, f"\n{check}"
+
+
+@each_backend
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e8])

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.bias import load_bias, load_row_bias
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.correction import correct
 from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.heads import load_sink, query_head
 from triton_attention.hopper.layouts import (
@@ -204,6 +205,16 @@ def scaled(output, factor, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def corrected(output, correction, SPEC: gl.constexpr):
+    """The output of rows whose maximum has risen."""
+    tail = output.tail
+    if SPEC.TAIL_DV > 0:
+        tail = correct(tail, correction, SPEC.TAIL_DV)
+    acc = correct(output.acc, correction, SPEC.BLOCK_DV)
+    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
+
+
+@gluon.jit
 def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
     """Write 64 rows of out and lse; the copies of out are under way at return."""
     factor, lse_rows = finish(rows, call, SPEC)
@@ -255,7 +266,7 @@ def visit(
     weights = drop(weights, bits, SPEC)
     output = wait_values(output, SPEC)
     release(channels.v, step - 1)
-    return rows, weights, scaled(output, correction, SPEC)
+    return rows, weights, corrected(output, correction, SPEC)
 
 
 @gluon.jit

@@ -12,11 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.language import PropagateNan
 
 from triton_attention import blocks
+from triton_attention.hopper.correction import Correction, any_of_warp
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, columns_layout, rows_layout
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 INFINITY = gl.constexpr(float("inf"))
+LAG = gl.constexpr(8.0)
 ROUNDING = gl.constexpr(2.0**-22)
 TANH_IS_ONE = gl.constexpr(6.0)  # from there on, for our precision
 PROPAGATE_NAN = gl.constexpr(PropagateNan.ALL)
@@ -25,7 +27,7 @@ allowed = gluon.jit(blocks.allowed)
 
 
 class Rows(NamedTuple):
-    """Of the keys seen so far: each row's largest score and sum of exponentials."""
+    """Of the keys seen so far: each row's largest score, or up to LAG less, and sum of exponentials."""
 
     maximum: object  # (64,)
     total: object  # (64,)
@@ -156,18 +158,21 @@ def mask_scores(scores, start_m, start_n, limits, SPEC: gl.constexpr):
 def weigh(rows, scores, scale, SPEC: gl.constexpr):
     """(rows, weights, correction) with a block of scores taken in, which times `scale` > 0 are in units of log 2.
 
+    The maximum of a row rises only by more than LAG at once: weights are 2**LAG at most, and hardly a block changes it.
     A row that has seen no visible key keeps maximum = -inf and is shifted by 0, so that -inf - -inf never appears.
-    A bias may hide keys by a large negative number. So that no weight is above 1 by the rounding of the maximum, which
-    the product below does not have, that of such a row is a little more than its scores.
+    A bias may hide keys by a large negative number. So that no weight is too large by the rounding of the maximum,
+    which the product below does not have, that of such a row is a little more than its scores.
     """
     largest = gl.max(scores, 1) * scale
     if SPEC.BIAS == "added":
         largest = gl.maximum(largest * (1.0 - ROUNDING), largest * (1.0 + ROUNDING))
-    maximum = gl.maximum(rows.maximum, largest)
+    raised = largest > rows.maximum + LAG
+    maximum = gl.where(raised, largest, rows.maximum)
     shift = gl.where(maximum == -INFINITY, 0.0, maximum)
     weights = gl.exp2(scores * scale - shift[:, None])
-    correction = gl.exp2(rows.maximum - shift)
-    return Rows(maximum, rows.total * correction + gl.sum(weights, 1)), weights, correction
+    factor = gl.exp2(rows.maximum - shift)
+    correction = Correction(factor, any_of_warp(raised))
+    return Rows(maximum, rows.total * factor + gl.sum(weights, 1)), weights, correction
 
 
 @gluon.jit
