@@ -164,6 +164,18 @@ def test_keys_hidden_by_a_large_negative_bias(backend, dtype, hidden):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [0.1, 1.0, 4.0, 16.0])
+def test_a_softcap_of_models(backend, dtype, magnitude):
+    """Gemma 2's, for scores of a thousandth of the cap and for those far beyond it."""
+    inputs, problem = make_inputs(Case(300, 333, 256, heads_q=4, heads_kv=2, softcap=50.0, dtype=dtype), "cuda")
+    inputs = inputs._replace(q=(inputs.q.detach() * magnitude).requires_grad_())
+    run = partial(ops.attention, backend=backend)
+    check = check_against_float64(run, inputs, problem)
+    assert check.good, f"\n{check}"
+
+
+@each_backend
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("step", [-30.0, -2.0, 2.0, 30.0])
 def test_a_maximum_that_rises_slowly_or_at_once(backend, head_dim, step):
