@@ -27,7 +27,7 @@ class Spec:
     BIAS_ROWS: bool  # the bias varies along the queries
     BIAS_COLS: bool  # it varies along the keys
     BIAS_SHARED: bool  # it varies along both, and the batch shares it
-    RAW_SCORES: bool  # nothing is done to q k^T and softmax_scale > 0: the scale folds into the exponent
+    RAW_SCORES: bool  # scores keep the units of q k^T: softmax_scale > 0 folds into the exponent
     UNEVEN: bool  # tiles differ in length, so that programs take them as they come: under a causal mask, or packed
     SOFTCAP: bool
     ALIBI: bool

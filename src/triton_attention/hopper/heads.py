@@ -35,7 +35,7 @@ class Head(NamedTuple):
     """One query head of one batch entry, and what changes its scores and weights; what is absent is 0."""
 
     limits: object  # of the entry, a schedule.Limits
-    slope: object  # of ALiBi
+    slope: object  # of ALiBi, in units of the scores
     diagonal: object
     seed: object
     number: object  # among the query heads of all batch entries
@@ -73,7 +73,10 @@ def query_head(work, call, SPEC: gl.constexpr):
     seed, number = load_seed(call, SPEC), 0
     if SPEC.DROPOUT:
         number = work.batch * call.heads_q + work.head
-    return Head(limits, load_slope(work.batch, work.head, call, SPEC), diagonal, seed, number)
+    slope = load_slope(work.batch, work.head, call, SPEC)
+    if SPEC.ALIBI and SPEC.RAW_SCORES:
+        slope *= LOG2_E / call.scale
+    return Head(limits, slope, diagonal, seed, number)
 
 
 @gluon.jit

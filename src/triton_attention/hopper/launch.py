@@ -38,6 +38,7 @@ from triton_attention.problem import NO_EXTRAS, Extras, Mask, read_by_rows
 _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
+_LEAST_SCALE = 2.0**-20  # that ALiBi's slopes are divided by
 _HIGHEST_RATE = 1.0 - 2.0**-15  # of dropout: beyond it probabilities / (1 - dropout_p) may leave float16
 
 
@@ -171,7 +172,7 @@ def plan_forward(
         BIAS_ROWS=varies[0],
         BIAS_COLS=varies[1],
         BIAS_SHARED=shared,
-        RAW_SCORES=bias is None and softmax_scale > 0.0 and not capped and not sloped,
+        RAW_SCORES=bias is None and not capped and softmax_scale > (_LEAST_SCALE if sloped else 0.0),
         UNEVEN=packed or (mask.left is None and mask.right is not None),
         SOFTCAP=capped,
         ALIBI=sloped,

@@ -64,28 +64,22 @@ def distances(start_m, start_n, BLOCK_N: gl.constexpr):
 def scale_scores(scores, values, head, start_m, start_n, call, SPEC: gl.constexpr):
     """(scores, scale): the scores of a block from its q k^T and bias, which times `scale` > 0 are in units of log 2."""
     scale = LOG2_E
-    if SPEC.SOFTCAP or SPEC.ALIBI:
-        scores = scores * call.scale
-        if SPEC.SOFTCAP:
-            scores = tanh(scores)
-            if SPEC.ALIBI or SPEC.BIAS == "added":
-                scores = scores * call.extras.softcap
-            else:
-                scale = call.extras.softcap * LOG2_E
-        if SPEC.ALIBI:
-            scores -= head.slope * distances(start_m + head.diagonal, start_n, scores.shape[1])
-        if SPEC.BIAS == "added":
-            scores += values.to(gl.float32)
-        if SPEC.BIAS == "mask":
-            scores = gl.where(values != 0, scores, -INFINITY)
-    elif SPEC.BIAS == "mask":
-        scores = gl.where(values != 0, scores * call.scale, -INFINITY)
-    elif SPEC.BIAS == "added":
-        scores = scores * call.scale + values.to(gl.float32)
-    elif SPEC.RAW_SCORES:
+    if SPEC.RAW_SCORES:
         scale = call.scale
     else:
         scores = scores * call.scale
+    if SPEC.SOFTCAP:
+        scores = tanh(scores)
+        if SPEC.ALIBI or SPEC.BIAS == "added":
+            scores = scores * call.extras.softcap
+        else:
+            scale = call.extras.softcap * LOG2_E
+    if SPEC.ALIBI:
+        scores -= head.slope * distances(start_m + head.diagonal, start_n, scores.shape[1])
+    if SPEC.BIAS == "added":
+        scores += values.to(gl.float32)
+    if SPEC.BIAS == "mask":
+        scores = gl.where(values != 0, scores, -INFINITY)
     return scores, scale
 
 
