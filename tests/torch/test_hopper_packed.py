@@ -9,7 +9,7 @@ import torch
 from gluon_as_python import Pointer, as_python, language
 
 from triton_attention import attention_varlen, kernel
-from triton_attention.hopper import backward, backward_call, backward_queries, backward_walk, heads, schedule
+from triton_attention.hopper import backward_call, backward_queries, backward_scores, backward_walk, heads, schedule
 from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.problem import Extras, Mask, Packing
@@ -44,12 +44,12 @@ class Call:
         self.plan = plan_backward(q, None, q, k, v, None, q, lse, mask, 0.1, False, extras, False, SMS)
         self.rows, self.keys, self.queries = self.plan.launches
 
-    def blocks(self, launch, module, along_keys):
+    def blocks(self, launch, along_keys):
         """What each program of a launch works with: the call of its sequence, its block, and who sees its parts."""
         program = [0]
         stand_in = language(program)
         own = as_python(backward_call.call_of_own_block, stand_in)
-        block_of = as_python(backward_walk.block_of if along_keys else module.block_of_program, stand_in)
+        block_of = as_python(backward_walk.block_of if along_keys else backward_queries.block_of_program, stand_in)
         seen_by = as_python(backward_walk.seen_by, stand_in)
         load_slope = as_python(heads.load_slope, stand_in)
         call = launch.arguments[-1].value
@@ -71,7 +71,7 @@ class Call:
 @lru_cache
 def placed():
     """The functions that say where a block is in a descriptor."""
-    functions = (schedule.place_of_queries, schedule.place_of_keys, backward.rows_origin)
+    functions = (schedule.place_of_queries, schedule.place_of_keys, backward_scores.rows_origin)
     return [as_python(function, language([0])) for function in functions]
 
 
@@ -98,14 +98,14 @@ MASKS = [Mask(), CAUSAL, Mask(None, 0, top_left=True), Mask(70, 40), Mask(10**12
 @pytest.mark.parametrize("along_keys", [True, False], ids=["keys", "queries"])
 def test_each_row_has_one_owner_that_visits_what_it_sees(along_keys, lengths, head_dim, mask):
     call = Call(lengths, mask, head_dim)
-    launch, module = (call.keys, backward) if along_keys else (call.queries, backward_queries)
+    launch = call.keys if along_keys else call.queries
     step = 64 if along_keys else launch.tile.BLOCK_N
     place_of_queries, place_of_keys, rows_origin = placed()
     place_of_own, place_of_others = (place_of_keys, place_of_queries)[:: 1 if along_keys else -1]
     total, other_total = call.totals[::-1] if along_keys else call.totals
     starts, other_starts = call.starts[::-1] if along_keys else call.starts
     owners = torch.zeros(2 if along_keys else 4, total, dtype=torch.int32)
-    for found, block, parts in call.blocks(launch, module, along_keys):
+    for found, block, parts in call.blocks(launch, along_keys):
         start, head = (block.start_n, block.head_kv) if along_keys else (block.start_m, block.head)
         own = rows_at(place_of_own(start, block.batch, block.sequence, launch.spec), total,
                       64 * launch.tile.CONSUMERS)  # fmt: skip

@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_global
-from triton_attention.hopper.backward import load_key_bias, load_query_numbers
 from triton_attention.hopper.backward_call import call_of_own_block
+from triton_attention.hopper.backward_scores import load_key_bias, load_query_numbers
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.forward import PRODUCER_REGISTERS

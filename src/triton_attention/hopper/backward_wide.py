@@ -16,22 +16,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triton_attention.hopper.backward import (
-    Gradients,
-    Inputs,
+from triton_attention.hopper.backward import store_key_dbias, store_rows
+from triton_attention.hopper.backward_assistant import produce
+from triton_attention.hopper.backward_call import call_of_own_block
+from triton_attention.hopper.backward_channels import Gradients, Inputs, load_numbers, new_channels
+from triton_attention.hopper.backward_scores import (
     bias_gradients,
     load_key_bias,
-    load_numbers,
     mask_weights,
     multiply_values,
-    new_channels,
-    produce,
     score_gradients,
-    store_key_dbias,
-    store_rows,
     weigh,
 )
-from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.backward_walk import block_of, seen_by
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.dropout import draw, mark

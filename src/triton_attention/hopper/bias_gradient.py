@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_global, copy_to_shared
-from triton_attention.hopper.backward import load_query_numbers
+from triton_attention.hopper.backward_scores import load_query_numbers
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,

@@ -208,7 +208,7 @@ class RowsTile:
     """How they do it."""
 
     BLOCK_M: int  # that of the backward kernel
-    DQ_COLUMNS: int  # of a piece of dq: see `backward.assist`
+    DQ_COLUMNS: int  # of a piece of dq: see `backward_assistant.assist`
     num_warps: int = 4
 
 

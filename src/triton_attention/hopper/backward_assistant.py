@@ -1,0 +1,194 @@
+"""What runs beside the consumers of the kernels that own keys? What copies their operands, and may make dQ."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared, reinterpret
+from triton_attention.hopper.backward_walk import (
+    announce,
+    block_of,
+    first_step,
+    following,
+    no_ticket,
+    num_blocks,
+    number_of,
+    ticket_with,
+)
+from triton_attention.hopper.channel import (
+    bytes_of,
+    coordinates,
+    release,
+    send,
+    tile_of,
+    wait_empty,
+    wait_full,
+    whole_tile,
+)
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
+from triton_attention.hopper.rows import PANEL
+from triton_attention.hopper.schedule import place_of_keys, place_of_queries
+
+
+@gluon.jit
+def send_keys(channels, inputs, i, block, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Copy the i-th block of keys and values of this program, when what was in their place has been left."""
+    batch, row = place_of_keys(block.start_n, block.batch, block.sequence, SPEC)
+    send(channels.k, inputs.k, None, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
+    send(channels.v, inputs.v, None, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
+
+
+@gluon.jit
+def send_queries(channels, inputs, step, head, m, block, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Copy the operands of a step, block m of the queries of a head, when consumers are done with what was there."""
+    SLOTS: gl.constexpr = TILE.STAGES
+    PARTS: gl.constexpr = TILE.CONSUMERS
+    slot = step % SLOTS
+    batch = block.batch
+    start_m = m * TILE.BLOCK_M
+    wait_empty(channels.q, step)
+    full = channels.q.full.index(slot)
+    if SPEC.BIAS_ROWS:
+        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
+        for part in gl.static_range(PARTS):
+            place = [batch, head, start_m, block.start_n + part * WARPGROUP_ROWS]
+            copy_to_shared(inputs.bias, place, full, channels.bias.index(slot * PARTS + part))
+    else:
+        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows))
+    if SPEC.VARLEN:
+        first_number = call.own.numbers + start_m
+        numbers_batch = 0
+    else:
+        first_number = start_m
+        numbers_batch = batch
+    for number in gl.static_range(2):
+        place = [numbers_batch, head, number, first_number]
+        copy_to_shared(inputs.rows, place, full, channels.rows.index(slot * 2 + number))
+    batch, start_m = place_of_queries(start_m, batch, block.sequence, SPEC)
+    place = coordinates(inputs.q, batch, head, start_m, 0)
+    copy_to_shared(inputs.q, place, full, channels.q.tiles.index(slot))
+    full = channels.dout.full.index(slot)
+    mbarrier.expect(full, bytes_of(inputs.dout))
+    copy_to_shared(inputs.dout, place, full, channels.dout.tiles.index(slot))
+
+
+@gluon.jit
+def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """A producer warp: it copies the operands of one step after the other."""
+    step = 0
+    i = 0
+    ticket = no_ticket(channels.turns, SPEC)
+    number = gl.program_id(0)
+    while number < num_blocks(call, SPEC, TILE):
+        block = block_of(number, call, SPEC, TILE)
+        if SPEC.VARLEN:  # perhaps no query sees them
+            send_keys(channels, inputs, i, block, SPEC, TILE)
+        for member in range(call.group):
+            head = block.head_kv * call.group + member
+            for m in range(block.first, block.last):
+                send_queries(channels, inputs, step, head, m, block, call, SPEC, TILE)
+                if not SPEC.VARLEN:
+                    if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
+                        send_keys(channels, inputs, i, block, SPEC, TILE)
+                ticket = ticket_with(head, m, block, ticket, channels.turns, call, SPEC)
+                step += 1
+        i += 1
+        announce(channels.turns, i, ticket, SPEC)
+        number = number_of(channels.turns, i, call, SPEC, TILE)
+
+
+@gluon.jit
+def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The warpgroup that serves the consumers: it copies their operands, and makes dQ of the dS that they leave.
+
+    dS K of a block of queries is added to the sum over all keys, PIECES pieces of 64 columns. A piece lies in memory in
+    the order in which the threads of a warpgroup hold it, so that none waits for another's bank of shared memory:
+    `attention_bwd_dq` puts it in order.
+    """
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    STAGES: gl.constexpr = TILE.STAGES
+    PARTS: gl.constexpr = TILE.CONSUMERS
+    COLUMNS: gl.constexpr = gradients.dq.block_type.shape[2] * PANEL // BLOCK_M
+    PIECES: gl.constexpr = SPEC.BLOCK_D // COLUMNS
+    ROWS: gl.constexpr = BLOCK_M * COLUMNS // PANEL
+    K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
+    EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
+    turns = channels.turns
+    last_block = num_blocks(call, SPEC, TILE)
+    zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
+    blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
+    to_send = first_step(turns, call, SPEC, TILE)
+    if EARLY_KEYS:
+        send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
+    for step in gl.static_range(STAGES):
+        if to_send.number < last_block:
+            send_queries(channels, inputs, step, to_send.head, to_send.m, to_send.block, call, SPEC, TILE)
+            to_send = following(to_send, turns, call, SPEC, TILE)
+    step = 0
+    i = 0
+    number = gl.program_id(0)
+    while number < last_block:
+        block = block_of(number, call, SPEC, TILE)
+        if not EARLY_KEYS:
+            send_keys(channels, inputs, i, block, SPEC, TILE)
+        keys_are_due = True  # those of the next block, when its first queries have been sent
+        wait_full(channels.k, i)
+        for member in range(call.group):
+            head = block.head_kv * call.group + member
+            for m in range(block.first, block.last):
+                if step > 0 and to_send.number < last_block:  # the consumers are about done with the step before
+                    send_queries(
+                        channels, inputs, step - 1 + STAGES, to_send.head, to_send.m, to_send.block, call, SPEC, TILE
+                    )
+                    to_send = following(to_send, turns, call, SPEC, TILE)
+                if EARLY_KEYS:
+                    if keys_are_due and to_send.i > i:
+                        next_number = number_of(turns, i + 1, call, SPEC, TILE)
+                        if next_number < last_block:
+                            send_keys(channels, inputs, i + 1, block_of(next_number, call, SPEC, TILE), SPEC, TILE)
+                        keys_are_due = False
+                wait_full(channels.dscores, step)
+                if SPEC.DBIAS == "tile":
+                    for part in gl.static_range(PARTS):
+                        place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
+                        tile = whole_tile(channels.dscores.tiles, channels.dscores, step, part)
+                        copy_to_global(gradients.dbias, place, tile)
+                for piece in range(PIECES):
+                    dq = zero
+                    for part in gl.static_range(PARTS):
+                        dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
+                        k = tile_of(channels.k.tiles, channels.k, i, part)
+                        k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
+                        dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
+                    dq = warpgroup_mma_wait(0, deps=[dq])
+                    if piece == 0:
+                        tma.store_wait(0)  # the copies of the step before, and of dbias, have read
+                    dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
+                    dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
+                    staging.index(piece).reshape([ROWS, PANEL]).store(dq)
+                release(channels.dscores, step)
+                fence_async_shared()
+                first_row = ((block.batch * call.heads_q + head) * blocks_m + m) * PIECES * ROWS
+                for piece in gl.static_range(PIECES):
+                    add_to_global(gradients.dq, [0, 0, first_row + piece * ROWS, 0], staging.index(piece))
+                step += 1
+        i += 1
+        number = number_of(turns, i, call, SPEC, TILE)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def serve(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """What runs beside the consumers."""
+    if SPEC.DQ == "added":
+        assist(channels, inputs, gradients, staging, call, SPEC, TILE)
+    else:
+        produce(channels, inputs, call, SPEC, TILE)

@@ -1,0 +1,114 @@
+"""How do the scores of a block become P and dS, and what of its queries and keys do they need?"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from triton_attention.hopper.backward_channels import load_numbers
+from triton_attention.hopper.channel import wait_full
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
+from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, widen
+from triton_attention.hopper.schedule import first_tile
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, allowed, cap_scores, distances, opaque_zero
+
+
+@gluon.jit
+def rows_origin(batch, head, call, SPEC: gl.constexpr):
+    """(where the two numbers of each of a head's queries begin, how many rows there are with the padding)."""
+    if SPEC.VARLEN:
+        padded = (first_tile(call.packing.total_q, call.batch, WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
+        origin = head.to(gl.int64) * 2 * padded + call.own.numbers
+    else:
+        padded = gl.cdiv(call.seqlen_q, WARPGROUP_ROWS) * WARPGROUP_ROWS
+        origin = (batch * call.heads_q + head).to(gl.int64) * 2 * padded
+    return origin, padded
+
+
+@gluon.jit
+def load_query_numbers(rows, batch, head, queries, call, SPEC: gl.constexpr):
+    """(lse, -delta) of the queries of these numbers: those that do not exist get probabilities of 0."""
+    origin, padded = rows_origin(batch, head, call, SPEC)
+    pointers = rows + origin + queries
+    lse = gl.load(pointers, mask=queries < call.seqlen_q, other=INFINITY)
+    return lse, gl.load(pointers + padded, mask=queries < call.seqlen_q, other=0.0)
+
+
+@gluon.jit
+def load_key_bias(bias, batch, head, keys, call, SPEC: gl.constexpr):
+    """A bias that does not vary along the queries, of some keys, in units of log 2; 0 of any other."""
+    if SPEC.BIAS == "none" or SPEC.BIAS_ROWS:
+        values = 0.0
+    else:
+        values = gl.load(bias.ptr + batch * bias.batch + head * bias.head + keys, mask=keys < call.seqlen_k, other=0)
+        if SPEC.BIAS == "mask":
+            values = gl.where(values != 0, 0.0, -INFINITY)
+        else:
+            values = values.to(gl.float32) * LOG2_E
+    return values
+
+
+@gluon.jit
+def weigh(
+    scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr,
+    INDEX: gl.constexpr,
+):  # fmt: skip
+    """(exp(scores - lse) of a block, transposed: (64, BLOCK_M), float32; the derivative of a softcap)."""
+    scores, derivative = cap_scores(scores, call, SPEC)
+    exponents = scores - lse[None, :]
+    if SPEC.ALIBI:
+        exponents -= slope * distances(start_n, start_m + call.extras.diagonal, TILE.BLOCK_M)
+    if SPEC.BIAS_ROWS:
+        tile = channels.bias.index(step % TILE.STAGES * TILE.CONSUMERS + INDEX)
+        tile = tile.reshape([TILE.BLOCK_M, WARPGROUP_ROWS]).permute((1, 0))
+        values = tile.load(accumulator_layout(TILE.BLOCK_M))
+        exponents = add_bias(exponents, values, SPEC)
+    elif SPEC.BIAS != "none":
+        exponents += key_bias[:, None]
+    return gl.exp2(exponents), derivative
+
+
+@gluon.jit
+def mask_weights(weights, start_m, start_n, call, SPEC: gl.constexpr):
+    """0 where a query may not see a key of [start_n, start_n + 64)."""
+    BLOCK_M: gl.constexpr = weights.shape[1]
+    queries = start_m - start_n + gl.arange(0, BLOCK_M, layout=columns_layout(BLOCK_M)) + opaque_zero()
+    keys = gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
+    visible = allowed(
+        queries[None, :], keys[:, None], call.seqlen_k - start_n, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
+    )
+    return gl.where(visible, weights, 0.0)
+
+
+@gluon.jit
+def multiply_values(channels, v, dout, zero, step, slot, SPEC: gl.constexpr):
+    """Issue dP - delta of a block, transposed: the product V dO^T is added to -delta. With dropout dP alone."""
+    wait_full(channels.dout, step)
+    if SPEC.DROPOUT:
+        dweights = zero
+    else:
+        dweights, _ = gl.broadcast(load_numbers(channels.rows, slot * 2 + 1)[None, :], zero)
+    return warpgroup_mma(v, dout.permute((1, 0)), dweights, use_acc=not SPEC.DROPOUT, is_async=True)
+
+
+@gluon.jit
+def score_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
+    """dS in 16 bits, of the weights in 16 bits and what `multiply_values` made."""
+    if SPEC.DROPOUT:
+        dscores = multiply_marked(weights, dweights, load_numbers(channels.rows, slot * 2 + 1)[None, :])
+    else:
+        dscores = multiply_narrow(weights, dweights)
+    return dscores
+
+
+@gluon.jit
+def bias_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
+    """The same in float32."""
+    weights = widen(weights, SPEC)
+    if SPEC.DROPOUT:
+        negative_delta = load_numbers(channels.rows, slot * 2 + 1)[None, :]
+        dscores = gl.maximum(weights, 0.0) * dweights + gl.abs(weights) * negative_delta
+    else:
+        dscores = weights * dweights
+    return dscores
