@@ -26,14 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.backward_assistant import serve
 from triton_attention.hopper.backward_call import call_of_own_block
-from triton_attention.hopper.backward_channels import Gradients, Inputs, load_numbers, new_channels
+from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
 from triton_attention.hopper.backward_scores import (
+    add_transposed_bias,
     bias_gradients,
+    exponents_of,
     load_key_bias,
     mask_weights,
     multiply_values,
     score_gradients,
-    weigh,
 )
 from triton_attention.hopper.backward_walk import block_of, num_blocks, number_of, seen_by
 from triton_attention.hopper.channel import (
@@ -122,21 +123,19 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 step = skip(channels, step, seen.first - block.first, SPEC, TILE, INDEX)
             for m in range(seen.first, seen.last):
                 start_m = m * BLOCK_M
-                slot = step % TILE.STAGES
-                bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_M, True)
                 q = tile_of(channels.q.tiles, channels.q, step, 0)
                 dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+                bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_M, True)
                 wait_full(channels.q, step)
                 scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                lse = load_numbers(channels.rows, slot * 2)
+                lse = load_numbers(channels, step, LSE)
                 if TILE.EARLY:
-                    dweights = multiply_values(channels, v, dout, zero, step, slot, SPEC)
+                    dweights = multiply_values(channels, v, dout, zero, step, SPEC)
                     scores = warpgroup_mma_wait(1, deps=[scores])
                 else:
                     scores = warpgroup_mma_wait(0, deps=[scores])
-                weights, derivative = weigh(
-                    scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
-                )
+                exponents, derivative = exponents_of(scores, lse, slope, start_m, start_n, call, SPEC, True)
+                weights = gl.exp2(add_transposed_bias(exponents, key_bias, channels, step, SPEC, TILE, INDEX))
                 if m < seen.full_first or m >= seen.full_last:
                     weights = mask_weights(weights, start_m, start_n, call, SPEC)
                 weights = mark(weights, bits, SPEC)
@@ -144,12 +143,12 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 weights = narrow(weights, q.dtype)
                 operand = gl.convert_layout(unmarked(weights, SPEC), operand_layout(SPEC.BLOCK_DV))
                 if not TILE.EARLY:
-                    dweights = multiply_values(channels, v, dout, zero, step, slot, SPEC)
+                    dweights = multiply_values(channels, v, dout, zero, step, SPEC)
                 dv = warpgroup_mma(operand, dout, dv, is_async=True)
                 dweights = warpgroup_mma_wait(1, deps=[dweights])
                 if SPEC.DBIAS == "keys":
-                    dbias += gl.sum(bias_gradients(weights, dweights, channels, slot, SPEC), 1)
-                dscores = score_gradients(factors, dweights, channels, slot, SPEC)
+                    dbias += gl.sum(bias_gradients(weights, dweights, channels, step, SPEC), 1)
+                dscores = score_gradients(factors, dweights, channels, step, SPEC)
                 if SPEC.DQ == "added":
                     wait_empty(channels.dscores, step)
                     tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)

@@ -11,6 +11,8 @@ from triton_attention.hopper.backward_walk import new_turns
 from triton_attention.hopper.channel import Channel, new_barriers, new_channel, new_tiles
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, columns_layout
 
+LSE, NEGATIVE_DELTA = gl.constexpr(0), gl.constexpr(1)  # of the two numbers of a query
+
 
 class Inputs(NamedTuple):
     """Tensor descriptors; `rows` has two numbers a query, see `attention_bwd_rows`."""
@@ -78,7 +80,9 @@ def new_channels(
 
 
 @gluon.jit
-def load_numbers(tiles, index):
-    """(BLOCK_M,) numbers of the queries, one for each column of transposed scores."""
-    SHAPE: gl.constexpr = tiles.shape
-    return tiles.index(index).reshape([SHAPE[4]]).load(columns_layout(SHAPE[4]))
+def load_numbers(channels, step, NUMBER: gl.constexpr):
+    """(1, BLOCK_M): LSE or NEGATIVE_DELTA of the queries of a step, one for each column of transposed scores."""
+    SLOTS: gl.constexpr = channels.q.full.shape[0]
+    BLOCK_M: gl.constexpr = channels.rows.shape[4]
+    tile = channels.rows.index(step % SLOTS * 2 + NUMBER).reshape([BLOCK_M])
+    return tile.load(columns_layout(BLOCK_M))[None, :]

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.backward_call import call_of_own_block
-from triton_attention.hopper.backward_scores import load_key_bias, load_query_numbers
+from triton_attention.hopper.backward_scores import exponents_of, load_key_bias, load_query_numbers
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
@@ -35,7 +35,7 @@ from triton_attention.hopper.layouts import (
 )
 from triton_attention.hopper.narrow import multiply_narrow, narrow
 from triton_attention.hopper.schedule import place_in_section, place_of_keys, place_of_queries, visible_range
-from triton_attention.hopper.softmax import LOG2_E, add_bias, cap_scores, distances, mask_scores
+from triton_attention.hopper.softmax import LOG2_E, add_bias, mask_scores
 
 
 class Inputs(NamedTuple):
@@ -123,23 +123,16 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def exponents_of(
-    scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr,
-    INDEX: gl.constexpr,
-):  # fmt: skip
-    """(scores - lse of a block, in units of log 2: (64, BLOCK_N); the derivative of a softcap)."""
-    scores, derivative = cap_scores(scores, call, SPEC)
-    exponents = scores - lse[:, None]
-    if SPEC.ALIBI:
-        exponents -= slope * distances(start_m + call.extras.diagonal, start_n, TILE.BLOCK_N)
+def add_block_bias(exponents, key_bias, channels, step, SPEC: gl.constexpr, INDEX: gl.constexpr):
+    """Exponents with the bias of a step, whose place is free then, or that of the keys."""
     if SPEC.BIAS_ROWS:
         wait_full(channels.bias, step)
-        values = tile_of(channels.bias.tiles, channels.bias, step, INDEX).load(accumulator_layout(TILE.BLOCK_N))
+        values = tile_of(channels.bias.tiles, channels.bias, step, INDEX).load(accumulator_layout(exponents.shape[1]))
         release(channels.bias, step)
         exponents = add_bias(exponents, values, SPEC)
     elif SPEC.BIAS != "none":
         exponents += key_bias[None, :]
-    return exponents, derivative
+    return exponents
 
 
 @gluon.jit
@@ -179,9 +172,8 @@ def consume(
         dweights = warpgroup_mma(dout, v.permute((1, 0)), dweights, use_acc=not SPEC.DROPOUT, is_async=True)
         bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_N, False)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        exponents, derivative = exponents_of(
-            scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC, TILE, INDEX
-        )
+        exponents, derivative = exponents_of(scores, lse[:, None], slope, start_m, start_n, call, SPEC, False)
+        exponents = add_block_bias(exponents, key_bias, channels, step, SPEC, INDEX)
         if n < block.full_first or n >= block.full_last:
             exponents = mask_scores(exponents, start_m, start_n, call, SPEC)
         weights = narrow(gl.exp2(exponents) * derivative, q.dtype)

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from triton_attention.hopper.backward_channels import load_numbers
+from triton_attention.hopper.backward_channels import NEGATIVE_DELTA, load_numbers
 from triton_attention.hopper.channel import wait_full
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
 from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, widen
@@ -50,15 +50,27 @@ def load_key_bias(bias, batch, head, keys, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def weigh(
-    scores, lse, key_bias, slope, start_m, start_n, channels, step, call, SPEC: gl.constexpr, TILE: gl.constexpr,
-    INDEX: gl.constexpr,
-):  # fmt: skip
-    """(exp(scores - lse) of a block, transposed: (64, BLOCK_M), float32; the derivative of a softcap)."""
-    scores, derivative = cap_scores(scores, call, SPEC)
-    exponents = scores - lse[None, :]
+def exponents_of(scores, lse, slope, start_m, start_n, call, SPEC: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """(scores - lse of a block, without a bias, in units of log 2; the derivative of a softcap).
+
+    Scores are (queries, keys), or if TRANSPOSED (keys, queries), and lse, which has one axis of size 1, too.
+    """
+    exponents, derivative = cap_scores(scores, call, SPEC)
+    exponents -= lse
     if SPEC.ALIBI:
-        exponents -= slope * distances(start_n, start_m + call.extras.diagonal, TILE.BLOCK_M)
+        start_m += call.extras.diagonal
+        if TRANSPOSED:
+            exponents -= slope * distances(start_n, start_m, scores.shape[1])
+        else:
+            exponents -= slope * distances(start_m, start_n, scores.shape[1])
+    return exponents, derivative
+
+
+@gluon.jit
+def add_transposed_bias(
+    exponents, key_bias, channels, step, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
+):
+    """Exponents of (keys, queries) with the bias of a step, or that of the keys."""
     if SPEC.BIAS_ROWS:
         tile = channels.bias.index(step % TILE.STAGES * TILE.CONSUMERS + INDEX)
         tile = tile.reshape([TILE.BLOCK_M, WARPGROUP_ROWS]).permute((1, 0))
@@ -66,7 +78,7 @@ def weigh(
         exponents = add_bias(exponents, values, SPEC)
     elif SPEC.BIAS != "none":
         exponents += key_bias[:, None]
-    return gl.exp2(exponents), derivative
+    return exponents
 
 
 @gluon.jit
@@ -82,32 +94,32 @@ def mask_weights(weights, start_m, start_n, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def multiply_values(channels, v, dout, zero, step, slot, SPEC: gl.constexpr):
+def multiply_values(channels, v, dout, zero, step, SPEC: gl.constexpr):
     """Issue dP - delta of a block, transposed: the product V dO^T is added to -delta. With dropout dP alone."""
     wait_full(channels.dout, step)
     if SPEC.DROPOUT:
         dweights = zero
     else:
-        dweights, _ = gl.broadcast(load_numbers(channels.rows, slot * 2 + 1)[None, :], zero)
+        dweights, _ = gl.broadcast(load_numbers(channels, step, NEGATIVE_DELTA), zero)
     return warpgroup_mma(v, dout.permute((1, 0)), dweights, use_acc=not SPEC.DROPOUT, is_async=True)
 
 
 @gluon.jit
-def score_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
+def score_gradients(weights, dweights, channels, step, SPEC: gl.constexpr):
     """dS in 16 bits, of the weights in 16 bits and what `multiply_values` made."""
     if SPEC.DROPOUT:
-        dscores = multiply_marked(weights, dweights, load_numbers(channels.rows, slot * 2 + 1)[None, :])
+        dscores = multiply_marked(weights, dweights, load_numbers(channels, step, NEGATIVE_DELTA))
     else:
         dscores = multiply_narrow(weights, dweights)
     return dscores
 
 
 @gluon.jit
-def bias_gradients(weights, dweights, channels, slot, SPEC: gl.constexpr):
+def bias_gradients(weights, dweights, channels, step, SPEC: gl.constexpr):
     """The same in float32."""
     weights = widen(weights, SPEC)
     if SPEC.DROPOUT:
-        negative_delta = load_numbers(channels.rows, slot * 2 + 1)[None, :]
+        negative_delta = load_numbers(channels, step, NEGATIVE_DELTA)
         dscores = gl.maximum(weights, 0.0) * dweights + gl.abs(weights) * negative_delta
     else:
         dscores = weights * dweights

@@ -19,14 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention.hopper.backward import store_key_dbias, store_rows
 from triton_attention.hopper.backward_assistant import produce
 from triton_attention.hopper.backward_call import call_of_own_block
-from triton_attention.hopper.backward_channels import Gradients, Inputs, load_numbers, new_channels
+from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
 from triton_attention.hopper.backward_scores import (
+    add_transposed_bias,
     bias_gradients,
+    exponents_of,
     load_key_bias,
     mask_weights,
     multiply_values,
     score_gradients,
-    weigh,
 )
 from triton_attention.hopper.backward_walk import block_of, seen_by
 from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
@@ -84,12 +85,11 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
             dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
             wait_full(channels.q, step)
             scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-            lse = load_numbers(channels.rows, step % TILE.STAGES * 2)
+            lse = load_numbers(channels, step, LSE)
             bits = draw(seed, matrix, start_m, block.start_n, call, SPEC, BLOCK_M, True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            weights, derivative = weigh(
-                scores, lse, key_bias, slope, start_m, block.start_n, channels, step, call, SPEC, TILE, WHOLE
-            )
+            exponents, derivative = exponents_of(scores, lse, slope, start_m, block.start_n, call, SPEC, True)
+            weights = gl.exp2(add_transposed_bias(exponents, key_bias, channels, step, SPEC, TILE, WHOLE))
             if m < seen.full_first or m >= seen.full_last:
                 weights = mask_weights(weights, start_m, block.start_n, call, SPEC)
             weights = mark(weights, bits, SPEC)
@@ -127,11 +127,10 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
         head = block.head_kv * call.group + member
         dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
         for _ in range(block.first, block.last):
-            slot = step % TILE.STAGES
             q = tile_of(channels.q.tiles, channels.q, step, 0)
             dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
             wait_full(channels.q, step)
-            dweights = multiply_values(channels, v, dout, zero, step, slot, SPEC)
+            dweights = multiply_values(channels, v, dout, zero, step, SPEC)
             wait_full(channels.dscores, step)
             factors = find(channels, step, 0)
             weights = factors
@@ -140,8 +139,8 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
             dweights = warpgroup_mma_wait(0, deps=[dweights])
             release(channels.dscores, step)
             if SPEC.DBIAS == "keys":
-                dbias += gl.sum(bias_gradients(weights, dweights, channels, slot, SPEC), 1)
-            dscores = score_gradients(factors, dweights, channels, slot, SPEC)
+                dbias += gl.sum(bias_gradients(weights, dweights, channels, step, SPEC), 1)
+            dscores = score_gradients(factors, dweights, channels, step, SPEC)
             operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
             dk = warpgroup_mma(operand, q, dk, is_async=True)
             dk = warpgroup_mma_wait(0, deps=[dk])
