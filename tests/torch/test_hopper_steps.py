@@ -39,9 +39,10 @@ class Dealt:
         self.told[i] = number
 
 
-def ticket_with(head, m, block, ticket, turns, call, spec):
-    late = head + 1 == (block.head_kv + 1) * call.group and m == max(block.last - NOTICE, block.first)
-    return turns.next_ticket() if late else ticket
+def ticket_with(step, turns, call, spec):
+    block = step.block
+    late = step.head + 1 == (block.head_kv + 1) * call.group and step.m == max(block.last - NOTICE, block.first)
+    return turns.next_ticket() if late else step.ticket
 
 
 def walking(launch, program):

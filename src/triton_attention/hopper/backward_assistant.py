@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared, reinterpret
 from triton_attention.hopper.backward_walk import (
+    Step,
     announce,
     block_of,
     first_step,
@@ -47,14 +48,14 @@ def send_keys(channels, inputs, i, block, SPEC: gl.constexpr, TILE: gl.constexpr
 
 
 @gluon.jit
-def send_queries(channels, inputs, step, head, m, block, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Copy the operands of a step, block m of the queries of a head, when consumers are done with what was there."""
-    SLOTS: gl.constexpr = TILE.STAGES
+def send_queries(channels, inputs, number, step, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Copy the operands of a `Step`, the one of this number, when consumers are done with what was in their place."""
     PARTS: gl.constexpr = TILE.CONSUMERS
-    slot = step % SLOTS
+    slot = number % TILE.STAGES
+    head, block = step.head, step.block
     batch = block.batch
-    start_m = m * TILE.BLOCK_M
-    wait_empty(channels.q, step)
+    start_m = step.m * TILE.BLOCK_M
+    wait_empty(channels.q, number)
     full = channels.q.full.index(slot)
     if SPEC.BIAS_ROWS:
         mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
@@ -69,9 +70,9 @@ def send_queries(channels, inputs, step, head, m, block, call, SPEC: gl.constexp
     else:
         first_number = start_m
         numbers_batch = batch
-    for number in gl.static_range(2):
-        place = [numbers_batch, head, number, first_number]
-        copy_to_shared(inputs.rows, place, full, channels.rows.index(slot * 2 + number))
+    for row in gl.static_range(2):
+        place = [numbers_batch, head, row, first_number]
+        copy_to_shared(inputs.rows, place, full, channels.rows.index(slot * 2 + row))
     batch, start_m = place_of_queries(start_m, batch, block.sequence, SPEC)
     place = coordinates(inputs.q, batch, head, start_m, 0)
     copy_to_shared(inputs.q, place, full, channels.q.tiles.index(slot))
@@ -94,11 +95,12 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
         for member in range(call.group):
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
-                send_queries(channels, inputs, step, head, m, block, call, SPEC, TILE)
+                sent = Step(head, m, block, number, i, ticket)
+                send_queries(channels, inputs, step, sent, call, SPEC, TILE)
                 if not SPEC.VARLEN:
                     if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
                         send_keys(channels, inputs, i, block, SPEC, TILE)
-                ticket = ticket_with(head, m, block, ticket, channels.turns, call, SPEC)
+                ticket = ticket_with(sent, channels.turns, call, SPEC)
                 step += 1
         i += 1
         announce(channels.turns, i, ticket, SPEC)
@@ -106,31 +108,53 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """The warpgroup that serves the consumers: it copies their operands, and makes dQ of the dS that they leave.
+def multiply_keys(channels, staging, step, i, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Leave dS K of a step and of the i-th block of keys in `staging`: pieces of BLOCK_M rows and some of its columns.
 
-    dS K of a block of queries is added to the sum over all keys, PIECES pieces of 64 columns. A piece lies in memory in
-    the order in which the threads of a warpgroup hold it, so that none waits for another's bank of shared memory:
-    `attention_bwd_dq` puts it in order.
+    A piece lies there in the order in which the threads of a warpgroup hold it, so that none waits for another's bank
+    of shared memory: `attention_bwd_dq` puts it in order.
     """
+    BLOCK_M: gl.constexpr = TILE.BLOCK_M
+    PARTS: gl.constexpr = TILE.CONSUMERS
+    PIECES: gl.constexpr = staging.shape[0]
+    ROWS: gl.constexpr = staging.shape[3]
+    COLUMNS: gl.constexpr = SPEC.BLOCK_D // PIECES
+    K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
+    zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
+    for piece in range(PIECES):
+        dq = zero
+        for part in gl.static_range(PARTS):
+            dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
+            k = tile_of(channels.k.tiles, channels.k, i, part)
+            k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
+            dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        if piece == 0:
+            tma.store_wait(0)  # the copies of the step before, and of dbias, have read
+        dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
+        dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
+        staging.index(piece).reshape([ROWS, PANEL]).store(dq)
+
+
+@gluon.jit
+def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The warpgroup that serves the consumers: it copies their operands, and adds the dS K of the dS that they leave to
+    the sum over all keys."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     STAGES: gl.constexpr = TILE.STAGES
     PARTS: gl.constexpr = TILE.CONSUMERS
-    COLUMNS: gl.constexpr = gradients.dq.block_type.shape[2] * PANEL // BLOCK_M
-    PIECES: gl.constexpr = SPEC.BLOCK_D // COLUMNS
-    ROWS: gl.constexpr = BLOCK_M * COLUMNS // PANEL
-    K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
+    PIECES: gl.constexpr = staging.shape[0]
+    ROWS: gl.constexpr = staging.shape[3]
     EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
-    zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
     blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
     to_send = first_step(turns, call, SPEC, TILE)
     if EARLY_KEYS:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
     for step in gl.static_range(STAGES):
         if to_send.number < last_block:
-            send_queries(channels, inputs, step, to_send.head, to_send.m, to_send.block, call, SPEC, TILE)
+            send_queries(channels, inputs, step, to_send, call, SPEC, TILE)
             to_send = following(to_send, turns, call, SPEC, TILE)
     step = 0
     i = 0
@@ -145,9 +169,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
                 if step > 0 and to_send.number < last_block:  # the consumers are about done with the step before
-                    send_queries(
-                        channels, inputs, step - 1 + STAGES, to_send.head, to_send.m, to_send.block, call, SPEC, TILE
-                    )
+                    send_queries(channels, inputs, step - 1 + STAGES, to_send, call, SPEC, TILE)
                     to_send = following(to_send, turns, call, SPEC, TILE)
                 if EARLY_KEYS:
                     if keys_are_due and to_send.i > i:
@@ -161,19 +183,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                         place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
                         tile = whole_tile(channels.dscores.tiles, channels.dscores, step, part)
                         copy_to_global(gradients.dbias, place, tile)
-                for piece in range(PIECES):
-                    dq = zero
-                    for part in gl.static_range(PARTS):
-                        dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
-                        k = tile_of(channels.k.tiles, channels.k, i, part)
-                        k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
-                        dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
-                    dq = warpgroup_mma_wait(0, deps=[dq])
-                    if piece == 0:
-                        tma.store_wait(0)  # the copies of the step before, and of dbias, have read
-                    dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
-                    dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
-                    staging.index(piece).reshape([ROWS, PANEL]).store(dq)
+                multiply_keys(channels, staging, step, i, SPEC, TILE)
                 release(channels.dscores, step)
                 fence_async_shared()
                 first_row = ((block.batch * call.heads_q + head) * blocks_m + m) * PIECES * ROWS

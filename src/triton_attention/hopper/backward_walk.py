@@ -91,12 +91,14 @@ def no_ticket(turns, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def ticket_with(head, m, block, ticket, turns, call, SPEC: gl.constexpr):
+def ticket_with(step, turns, call, SPEC: gl.constexpr):
     """A ticket for the next block, in the first thread: drawn with the step of a block that is NOTICE before its end,
     or its first, else as it was. It comes while other things are done; what is computed of it waits for it."""
+    ticket = step.ticket
     if takes_turns(SPEC):
-        is_late = m == gl.maximum(block.last - NOTICE, block.first)
-        if is_late and head + 1 == (block.head_kv + 1) * call.group:
+        block = step.block
+        is_late = step.m == gl.maximum(block.last - NOTICE, block.first)
+        if is_late and step.head + 1 == (block.head_kv + 1) * call.group:
             THREADS: gl.constexpr = turns.numbers.shape[1]
             LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
             thread = gl.arange(0, THREADS, layout=LAYOUT)
@@ -203,7 +205,7 @@ def following(step, turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     block = step.block
     number = step.number
     i = step.i
-    ticket = ticket_with(head, step.m, block, step.ticket, turns, call, SPEC)
+    ticket = ticket_with(step, turns, call, SPEC)
     if m == block.last:
         head += 1
         if head == (block.head_kv + 1) * call.group:
