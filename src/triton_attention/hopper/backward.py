@@ -17,7 +17,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -39,6 +38,7 @@ from triton_attention.hopper.backward_scores import (
 from triton_attention.hopper.backward_walk import block_of, num_blocks, number_of, seen_by
 from triton_attention.hopper.channel import (
     coordinates,
+    hand_over,
     new_tiles,
     release,
     tile_of,
@@ -75,6 +75,15 @@ def store_rows(descriptor, channel, i, values, block, start_n, SPEC: gl.constexp
 
 
 @gluon.jit
+def leave_dscores(channels, step, dscores, INDEX: gl.constexpr):
+    """Leave dS of this consumer's keys for the assistant."""
+    wait_empty(channels.dscores, step)
+    tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
+    fence_async_shared()
+    hand_over(channels.dscores, step)
+
+
+@gluon.jit
 def skip(channels, step, steps, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
     """Let steps pass whose queries do not see this consumer's keys; their dS is 0. Returns the step after them."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
@@ -82,12 +91,8 @@ def skip(channels, step, steps, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: g
         wait_full(channels.q, step)
         wait_full(channels.dout, step)
         if SPEC.DQ == "added":
-            tiles = channels.dscores.tiles
-            zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, tiles.dtype, accumulator_layout(BLOCK_M))
-            wait_empty(channels.dscores, step)
-            tile_of(tiles, channels.dscores, step, INDEX).permute((1, 0)).store(zero)
-            fence_async_shared()
-            mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+            zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, channels.dscores.tiles.dtype, accumulator_layout(BLOCK_M))
+            leave_dscores(channels, step, zero, INDEX)
         release(channels.q, step)
         step += 1
     return step
@@ -150,10 +155,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                     dbias += gl.sum(bias_gradients(weights, dweights, channels, step, SPEC), 1)
                 dscores = score_gradients(factors, dweights, channels, step, SPEC)
                 if SPEC.DQ == "added":
-                    wait_empty(channels.dscores, step)
-                    tile_of(channels.dscores.tiles, channels.dscores, step, INDEX).permute((1, 0)).store(dscores)
-                    fence_async_shared()
-                    mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+                    leave_dscores(channels, step, dscores, INDEX)
                 operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
                 dk = warpgroup_mma(operand, q, dk, is_async=True)
                 dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])

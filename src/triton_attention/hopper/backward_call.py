@@ -1,4 +1,4 @@
-"""What are the numbers of a backward call, and of packed sequences: which block does a program own?"""
+"""What are the numbers of a backward call, and which block of keys or queries has which number?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BackwardCall(NamedTuple):
     heads_q: object
     group: object  # query heads per key head
     batch: object
-    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `backward_walk.block_of`
+    section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `place`
     lower: object
     upper: object
     softmax_scale: object
@@ -41,6 +41,46 @@ class OwnBlock(NamedTuple):
 
 
 @gluon.jit
+def place(number, call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.constexpr):
+    """(block, head, batch) of a number, of the blocks of keys or of queries; packed sequences are one batch entry.
+
+    They are ordered by sections of matrices, of which what passes fits in L2 together; within a section by block, under
+    a causal mask the longest first; and then by matrix.
+    """
+    if ALONG_KEYS:
+        heads, section = call.heads_q // call.group, call.section
+    else:
+        heads, section = call.heads_q, call.section * call.group
+    if SPEC.VARLEN:
+        matrices = heads
+        num_blocks = first_tile(call.packing.total_k if ALONG_KEYS else call.packing.total_q, call.batch, BLOCK) + 1
+    else:
+        matrices = heads * call.batch
+        num_blocks = gl.cdiv(call.seqlen_k if ALONG_KEYS else call.seqlen_q, BLOCK)
+    block, matrix = place_in_section(number, num_blocks, matrices, section)
+    if SPEC.HAS_UPPER and not ALONG_KEYS:
+        block = num_blocks - 1 - block
+    if SPEC.VARLEN:
+        head, batch = matrix, 0
+    else:
+        batch = matrix // heads
+        head = matrix - batch * heads
+    return block, head, batch
+
+
+@gluon.jit
+def block_of_number(number, call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.constexpr):
+    """(first row, head, batch, sequence): that of a number, or of packed sequences the one that this program owns."""
+    sequence = 0
+    if SPEC.VARLEN:
+        start, head, batch, sequence = call.own.start, call.own.head, call.own.batch, call.own.sequence
+    else:
+        block, head, batch = place(number, call, ALONG_KEYS, BLOCK, SPEC)
+        start = block * BLOCK
+    return start, head, batch, sequence
+
+
+@gluon.jit
 def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.constexpr):
     """The call of packed sequences for the one of which this program owns a block: its lengths, band and diagonal.
 
@@ -50,14 +90,9 @@ def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC:
     packing = call.packing
     if ALONG_KEYS:
         cu_seqlens, total = packing.cu_seqlens_k, packing.total_k
-        heads, section = call.heads_q // call.group, call.section
     else:
         cu_seqlens, total = packing.cu_seqlens_q, packing.total_q
-        heads, section = call.heads_q, call.section * call.group
-    num_blocks = first_tile(total, call.batch, BLOCK) + 1
-    tile, head = place_in_section(gl.program_id(0), num_blocks, heads, section)
-    if SPEC.HAS_UPPER and not ALONG_KEYS:
-        tile = num_blocks - 1 - tile
+    tile, head, _ = place(gl.program_id(0), call, ALONG_KEYS, BLOCK, SPEC)
     batch, block = sequence_of(tile, cu_seqlens, total, call, BLOCK)
     start = block * BLOCK
     sequence = load_sequence(batch, call, ALONG_KEYS)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_global
-from triton_attention.hopper.backward_call import call_of_own_block
+from triton_attention.hopper.backward_call import block_of_number, call_of_own_block
 from triton_attention.hopper.backward_scores import exponents_of, load_key_bias, load_query_numbers
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.dropout import draw, drop
@@ -34,7 +34,7 @@ from triton_attention.hopper.layouts import (
     rows_layout,
 )
 from triton_attention.hopper.narrow import multiply_narrow, narrow
-from triton_attention.hopper.schedule import place_in_section, place_of_keys, place_of_queries, visible_range
+from triton_attention.hopper.schedule import place_of_keys, place_of_queries, visible_range
 from triton_attention.hopper.softmax import LOG2_E, add_bias, mask_scores
 
 
@@ -75,25 +75,13 @@ class Block(NamedTuple):
 
 @gluon.jit
 def block_of_program(call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """As that of the keys' kernel; under a causal mask those that see most keys first."""
+    """The `Block` that a program owns."""
     BLOCK_M: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     BLOCK_N: gl.constexpr = TILE.BLOCK_N
-    sequence = 0
-    if SPEC.VARLEN:
-        start_m, head, batch, sequence = call.own.start, call.own.head, call.own.batch, call.own.sequence
-    else:
-        num_blocks = gl.cdiv(call.seqlen_q, BLOCK_M)
-        matrices = call.heads_q * call.batch
-        block, matrix = place_in_section(gl.program_id(0), num_blocks, matrices, call.section * call.group)
-        if SPEC.HAS_UPPER:
-            block = num_blocks - 1 - block
-        batch = matrix // call.heads_q
-        start_m = block * BLOCK_M
+    start_m, head, batch, sequence = block_of_number(gl.program_id(0), call, False, BLOCK_M, SPEC)
     begin, full_begin, full_end, end = visible_range(
         start_m, call.seqlen_q, call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER, BLOCK_M, BLOCK_N
     )
-    if not SPEC.VARLEN:
-        head = matrix - batch * call.heads_q
     return Block(
         start_m, head, batch, begin // BLOCK_N, gl.cdiv(full_begin, BLOCK_N), full_end // BLOCK_N,
         gl.cdiv(end, BLOCK_N), sequence,

@@ -1,7 +1,7 @@
 """Which blocks of keys does a program visit, in which order, and which queries see a block?
 
-Blocks are numbered, see `block_of`. A program begins with the block of its own number. Then, where it takes turns, it
-has the next block that nobody has taken, by counting up a number in global memory. The partition that copies
+Blocks are numbered, see `backward_call.place`. A program begins with the block of its own number. Then, where it takes
+turns, it has the next block that nobody has taken, by counting up a number in global memory. The partition that copies
 operands decides, since it is ahead of the others, and announces each number to all. It asks for a number some steps
 before it needs it, since memory takes its time, and not earlier: who takes a long block early keeps others from it.
 """
@@ -15,9 +15,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_attention.hopper import configs
+from triton_attention.hopper.backward_call import block_of_number
 from triton_attention.hopper.channel import new_barriers
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
-from triton_attention.hopper.schedule import place_in_section, visible_range
+from triton_attention.hopper.schedule import visible_range
 
 NOTICE = gl.constexpr(3)  # steps
 
@@ -142,20 +143,9 @@ def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Blocks are ordered by sections of `call.section` matrices, whose queries fit in L2 together; within a section by
-    keys, those that most queries see under a causal mask first; and then by matrix."""
     BLOCK_N: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
-    sequence = 0
-    if SPEC.VARLEN:
-        start_n, head_kv, batch, sequence = call.own.start, call.own.head, call.own.batch, call.own.sequence
-    else:
-        heads_kv = call.heads_q // call.group
-        matrices = heads_kv * call.batch
-        block, matrix = place_in_section(number, gl.cdiv(call.seqlen_k, BLOCK_N), matrices, call.section)
-        batch = matrix // heads_kv
-        head_kv = matrix - batch * heads_kv
-        start_n = block * BLOCK_N
+    start_n, head_kv, batch, sequence = block_of_number(number, call, True, BLOCK_N, SPEC)
     begin, _, _, end = queries_of(start_n, BLOCK_N, call, SPEC, TILE)
     first = begin // BLOCK_M
     last = gl.cdiv(end, BLOCK_M)

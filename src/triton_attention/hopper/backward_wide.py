@@ -30,7 +30,7 @@ from triton_attention.hopper.backward_scores import (
     score_gradients,
 )
 from triton_attention.hopper.backward_walk import block_of, seen_by
-from triton_attention.hopper.channel import release, tile_of, wait_empty, wait_full
+from triton_attention.hopper.channel import hand_over, release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.dropout import draw, mark
 from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
@@ -98,7 +98,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
             weights = narrow(weights, q.dtype)
             if tiles_of_weights(SPEC) == 2:
                 leave(channels, step, 1, weights)
-            mbarrier.arrive(channels.dscores.full.index(step % TILE.DSCORES_STAGES), count=1)
+            hand_over(channels.dscores, step)
             operand = gl.convert_layout(unmarked(weights, SPEC), operand_layout(SPEC.BLOCK_DV))
             wait_full(channels.dout, step)
             dv = warpgroup_mma(operand, dout, dv, is_async=True)
