@@ -30,15 +30,16 @@ ARROWS = {
     "eager": set(),
     "ops": {"eager", "hopper.launch", "philox", "portable.launch", "problem"},
     "hopper.support": {"problem"},
-    "hopper": {"_compat", "arguments", "blocks", "eager", "hopper", "kernel", "philox", "problem", "recipes"},
+    "hopper": {"_compat", "arguments", "blocks", "eager", "hopper", "kernel", "packed", "philox", "problem", "recipes"},
     "portable.support": {"problem"},
-    "portable": {"arguments", "blocks", "kernel", "philox", "portable", "problem"},
+    "portable": {"arguments", "blocks", "kernel", "packed", "philox", "portable", "problem"},
     "recipes": {"kernel", "ready"},
     "ready": set(),
     "kernel": {"arguments"},
     "_compat": set(),
     "arguments": {"problem"},
     "blocks": set(),
+    "packed": {"blocks", "kernel"},
     "reference": {"philox", "problem"},
     "philox": set(),
     "problem": set(),
@@ -56,7 +57,7 @@ ARROWS = {
         "testing",
     },
 }
-MAY_IMPORT_TRITON = {"_compat", "cli", "hopper", "kernel", "portable", "ready", "recipes", "testing"}
+MAY_IMPORT_TRITON = {"_compat", "cli", "hopper", "kernel", "packed", "portable", "ready", "recipes", "testing"}
 
 
 def row_of(module, rows):

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from triton_attention import blocks
 from triton_attention.kernel import jit_plain
+from triton_attention.packed import boundary, sequence_of
 
 first_tile = jit_plain(blocks.first_tile)
 not_below = jit_plain(blocks.not_below)
@@ -16,7 +17,6 @@ not_below = jit_plain(blocks.not_below)
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 PANEL = tl.constexpr(32)  # columns of the matrix as which the sums of dQ lie in memory
-SEARCHED_AT_ONCE = tl.constexpr(256)  # packed sequences
 
 
 class Strided(NamedTuple):
@@ -40,29 +40,13 @@ def place(num_blocks, call):
 
 
 @triton.jit
-def boundary(cu_seqlens, index, total):
-    """Where a sequence begins; inside the tensors, whatever `cu_seqlens` says."""
-    return tl.minimum(tl.maximum(tl.load(cu_seqlens + index), 0), total)
-
-
-@triton.jit
 def queries_of(tile, call, BLOCK_M: tl.constexpr):
-    """(first row, length, block in it) of the packed sequence of a tile; the length of what none has is 0.
-
-    It is found as in `schedule.sequence_of`.
-    """
+    """(first row, length, block in it) of the packed sequence of a tile; the length of what none has is 0."""
     packing = call.packing
-    begun = 0
-    for first in range(0, call.batch + 1, SEARCHED_AT_ONCE):
-        index = first + tl.arange(0, SEARCHED_AT_ONCE)
-        exists = index <= call.batch
-        start = tl.load(packing.cu_seqlens_q + index, mask=exists, other=0)
-        start = tl.minimum(tl.maximum(start, 0), packing.total_q)
-        begun += tl.sum((exists & (first_tile(start, index, BLOCK_M) <= tile)).to(tl.int32), 0)
-    sequence = tl.maximum(begun - 1, 0)
+    sequence, block = sequence_of(tile, packing.cu_seqlens_q, call.batch, packing.total_q, BLOCK_M)
     begin = boundary(packing.cu_seqlens_q, sequence, packing.total_q)
     end = boundary(packing.cu_seqlens_q, tl.minimum(sequence + 1, call.batch), packing.total_q)
-    return begin, tl.maximum(end - begin, 0), tl.maximum(tile - first_tile(begin, sequence, BLOCK_M), 0)
+    return begin, tl.maximum(end - begin, 0), block
 
 
 @triton.jit
