@@ -2,13 +2,14 @@
 
 import random
 from functools import partial
+from itertools import product, takewhile
 from types import SimpleNamespace
 
 import pytest
 import torch
 from gluon_as_python import as_python, language
 
-from triton_attention.hopper import backward_walk
+from triton_attention.hopper import backward_walk, schedule
 from triton_attention.hopper.configs import BackwardSpec
 from triton_attention.hopper.plan_backward import _splits, plan_backward
 from triton_attention.problem import NO_EXTRAS, Mask
@@ -62,6 +63,17 @@ def walking(launch, program):
             for name in ("num_blocks", "block_of", "first_step", "following")
         }
     )
+
+
+@pytest.mark.parametrize("section", [1, 2, 3, 12])
+@pytest.mark.parametrize("least_last", [0, 1, 4, 5, 100])
+def test_every_block_has_a_number_and_the_last_section_is_large(section, least_last):
+    blocks, matrices = 3, 12
+    place = as_python(schedule.place_in_section, language([0]))
+    places = [place(number, blocks, matrices, section, least_last) for number in range(blocks * matrices)]
+    assert sorted(places) == list(product(range(blocks), range(matrices)))
+    width = len(list(takewhile(lambda block_and_matrix: block_and_matrix[0] == blocks - 1, reversed(places))))
+    assert width >= min(least_last, matrices)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)

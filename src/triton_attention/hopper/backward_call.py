@@ -21,6 +21,7 @@ class BackwardCall(NamedTuple):
     group: object  # query heads per key head
     batch: object
     section: object  # matrices (a key head of a batch entry) whose blocks are interleaved: see `place`
+    last_section: object  # and of the last section, at least
     lower: object
     upper: object
     softmax_scale: object
@@ -45,19 +46,20 @@ def place(number, call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.
     """(block, head, batch) of a number, of the blocks of keys or of queries; packed sequences are one batch entry.
 
     They are ordered by sections of matrices, of which what passes fits in L2 together; within a section by block, under
-    a causal mask the longest first; and then by matrix.
+    a causal mask the longest first; and then by matrix. The last section is so large that it ends in short blocks for
+    all programs.
     """
     if ALONG_KEYS:
-        heads, section = call.heads_q // call.group, call.section
+        heads, section, last_section = call.heads_q // call.group, call.section, call.last_section
     else:
-        heads, section = call.heads_q, call.section * call.group
+        heads, section, last_section = call.heads_q, call.section * call.group, call.last_section * call.group
     if SPEC.VARLEN:
         matrices = heads
         num_blocks = first_tile(call.packing.total_k if ALONG_KEYS else call.packing.total_q, call.batch, BLOCK) + 1
     else:
         matrices = heads * call.batch
         num_blocks = gl.cdiv(call.seqlen_k if ALONG_KEYS else call.seqlen_q, BLOCK)
-    block, matrix = place_in_section(number, num_blocks, matrices, section)
+    block, matrix = place_in_section(number, num_blocks, matrices, section, last_section)
     if SPEC.HAS_UPPER and not ALONG_KEYS:
         block = num_blocks - 1 - block
     if SPEC.VARLEN:
@@ -109,7 +111,7 @@ def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC:
         slopes = call.extras.slopes
         diagonal = (limits.seqlen_k - limits.seqlen_q) * packing.bottom_right
     return BackwardCall(
-        seqlen_q, seqlen_k, call.heads_q, call.group, call.batch, call.section, limits.lower, limits.upper,
-        call.softmax_scale, call.scale, Extras(softcap, slopes, diagonal, 0, 0, 0, 0), packing,
+        seqlen_q, seqlen_k, call.heads_q, call.group, call.batch, call.section, call.last_section, limits.lower,
+        limits.upper, call.softmax_scale, call.scale, Extras(softcap, slopes, diagonal, 0, 0, 0, 0), packing,
         OwnBlock(start, head, batch, sequence, numbers),
     )  # fmt: skip

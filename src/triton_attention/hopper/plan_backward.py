@@ -58,7 +58,7 @@ _SPLITS_OF_SEVERAL_ROUNDS = 8  # at most; each is a float32 copy of the gradient
 _ROWS = WARPGROUP_ROWS.value
 _PANEL = PANEL.value
 _TILE_M, _TILE_N = BLOCK_M.value, BLOCK_N.value
-_CALL_TYPES = BackwardCall("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
+_CALL_TYPES = BackwardCall("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
 
 
 class SinkRows(NamedTuple):
@@ -143,12 +143,17 @@ def plan_backward(
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
     bytes_of_queries = row_bytes * ceil_div(seqlen_q, _ROWS) * _ROWS * group
-    section = max(1, _SECTION_BYTES // bytes_of_queries) if mask.right is not None else 1
+    section, last_section = 1, 0
+    if mask.right is not None:
+        section = max(1, _SECTION_BYTES // bytes_of_queries)
+        if mask.left is None and not packed:
+            # With two blocks a program or more, the last ones are short, and no program is alone with a long one.
+            last_section = ceil_div(2 * num_sms, max(1, seqlen_k // (2 * _ROWS)))
     without_sink = extras._replace(sink=None)  # it is in lse
     kernel_extras = extras_argument(without_sink, batch, heads, mask.diagonal(seqlen_q, seqlen_k))
     sequences = packing_argument(packing, q.shape[1], k.shape[1], mask)
     numbers = BackwardCall(
-        seqlen_q, seqlen_k, heads, group, batch, min(section, matrices // group), *bounds, softmax_scale,
+        seqlen_q, seqlen_k, heads, group, batch, min(section, matrices // group), last_section, *bounds, softmax_scale,
         softmax_scale / softcap_of(extras) if spec.SOFTCAP else softmax_scale * _LOG2_E, kernel_extras.value,
         sequences.value,
     )  # fmt: skip
