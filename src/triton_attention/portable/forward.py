@@ -21,9 +21,9 @@ def attend(
     """Take the keys [begin, end) into the softmax state of a block of queries."""
     head_kv = head.index // call.group
     for start_n in range(begin, end, TILE.BLOCK_N):
-        k_tile = load_tile(
+        k_tile = load_tile(  # what lies beyond the keys makes scores that are masked
             k, head.rows_k, head_kv, start_n, call.seqlen_k, TILE.BLOCK_N, SPEC.HEAD_DIM, SPEC.BLOCK_D, TILE.TMA,
-            not MASKED, SPEC.VARLEN,
+            TILE.TMA or not MASKED, SPEC.VARLEN,
         )  # fmt: skip
         bias_tile = load_bias(bias, head.batch, head.index, start_m, start_n, call, SPEC, TILE)
         scores, _slope = score_tile(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -258,10 +257,6 @@ class _Planner:
             # A descriptor of the bias would read beyond a packed sequence's part.
             described = self.packing is None and has_aligned_rows(self.bias)
             tile = with_matrix_bias(tile, self.bias.element_size(), described)
-        if kernel == "attention_fwd" and spec.VARLEN and spec.DROPOUT and tile.num_stages > 2:
-            # Values of packed sequences come through registers. Beside dropout, whose mask passes through shared
-            # memory, three stages spoiled them (H200, Triton 3.6); with one, no product reads them while others move.
-            tile = replace(tile, num_stages=1)
         return spec, tile
 
     def launch(

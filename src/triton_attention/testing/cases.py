@@ -182,6 +182,7 @@ CASES: tuple[Case, ...] = (
     Case(50, 61, 16, lengths=LENGTHS, unused=(5, 40), mask=CAUSAL),
     Case(50, 61, 16, lengths=LENGTHS, unused=(5, 40), sink=True),
     Case(99, 99, 16, lengths=LENGTHS, bias="bhqk"),
+    Case(50, 61, 40, 24, lengths=LENGTHS),
     Case(61, 61, 40, lengths=((61, 61), (3, 3), (20, 20)), layout="packed", mask=CAUSAL),
     *(Case(50, 61, 16, lengths=LENGTHS, heads_kv=1, bias=b, mask=CAUSAL) for b in BIAS_PATTERNS),
     # softcap, ALiBi, sink, dropout: each alone, and all in pairs

@@ -103,6 +103,20 @@ def assembler_messages(launch: Launch, target: GPUTarget) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+def layouts_of_places(launch: Launch, target: GPUTarget) -> list[set[int]]:
+    """Of each place in shared memory that operands of wgmma lie in: how, by the upper halves of their descriptors.
+
+    Several at one place, of keys and then of values with another head dimension, are what the ptxas of CUDA 12.8
+    (Triton 3.6 and 3.7) compiles wrongly: it adds the second to a register that holds something else, and the product
+    reads anywhere. The ptxas of CUDA 12.9 does not.
+    """
+    layouts: dict[str, set[int]] = {}
+    ptx = compile_launch(launch, target).asm["ptx"]
+    for place, descriptor in re.findall(r"(?:or|add)\.[bs]64\s+%rd\d+, (%rd\d+), (-?\d{15,});", ptx):
+        layouts.setdefault(place, set()).add(int(descriptor) >> 32)
+    return list(layouts.values())
+
+
 def _resource_usage(compiled: CompiledKernel) -> str:
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
