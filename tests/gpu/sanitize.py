@@ -8,10 +8,15 @@ consan is Triton's concurrency sanitizer: it looks at the order of asynchronous 
 kernels, and works with Triton 3.7 and 3.8; the compilers of 3.6 and 3.9 crash in it.
 
 Each case has a process of its own under each tool, several at a time: most of the time goes into instrumenting kernels,
-on the host. What the time does not suffice for is named and counts as a failure.
+on the host. What the time does not suffice for is named and counts as a failure. initcheck and synccheck, which take
+longest, have few cases.
+
+racecheck tells of a hazard wherever Triton hands the partitions of a warp-specialised kernel their numbers and
+arguments, through shared memory. Where all its accesses belong to such lines it is counted apart, as a hand-over.
 """
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -29,6 +34,9 @@ from typing import NamedTuple
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck", "consan")
 PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 RUN = "--run"  # this script calls itself with it, and the number of a case
+FEW = {"initcheck": (0, 14), "synccheck": (0, 4, 11)}  # numbers of cases; a tool that is not here is asked of all
+PRINT_LIMIT = 1000  # what is not printed counts as an error
+KERNELS = Path(__file__).parents[2] / "src/triton_attention/hopper"
 
 
 def main(arguments):
@@ -48,16 +56,16 @@ def main(arguments):
     with ThreadPoolExecutor(options.workers) as pool:
         # Compiles: under the tools the kernels then come from Triton's cache. One that hangs leaves time for others.
         alone = list(pool.map(partial(run, command=[], environment={}, end=started + options.seconds / 3), numbers))
-        verdicts = [report("the kernels alone", alone, lambda output: 0)]
+        verdicts = [report("the kernels alone", numbers, alone, lambda output: 0)]
         asked = {
-            tool: [pool.submit(run, number, check.command, check.environment) for number in numbers]
+            tool: [pool.submit(run, number, check.command, check.environment) for number in FEW.get(tool, numbers)]
             for tool, check in checks.items()
             if check.why_not is None
         }
         for tool, check in checks.items():
             if check.why_not is None:
                 outcomes = [future.result() for future in asked[tool]]
-                verdicts.append(report(tool, outcomes, check.count_errors))
+                verdicts.append(report(tool, FEW.get(tool, numbers), outcomes, check.count_errors))
             else:
                 print(f"{tool}: not run: {check.why_not}")
     return int(not all(verdicts))
@@ -89,14 +97,47 @@ def check_of(tool, sanitizer):
         return Check([], {"TRITON_INSTRUMENTATION_MODE": "consan"}, lambda output: 0, consan_why_not())
     if sanitizer is None:
         return Check([], {}, count_summaries, "compute-sanitizer was not found")
-    command = [sanitizer, "--tool", tool, "--print-limit", "10", *only_ours(sanitizer, tool)]
+    command = [sanitizer, "--tool", tool, "--print-limit", str(PRINT_LIMIT), "--show-backtrace", "no"]
+    command += only_ours(sanitizer, tool)
     # Each tensor is an allocation of its own, so that what lies behind it is out of bounds.
     return Check(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, count_summaries)
 
 
 def count_summaries(output):
-    summaries = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
-    return sum(int(one or two) for one, two in summaries) if summaries else None
+    """Errors and hazards, but for hand-overs; None where the tool tells of no number."""
+    summaries = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning", output)
+    if not summaries:
+        return None
+    return sum(int(number or 0) for numbers in summaries for number in numbers) - count_hand_overs(output)
+
+
+def count_hand_overs(output):
+    """Hazards of which every access is in a line that hands partitions what they work on."""
+    lines = hand_over_lines()
+    hazards = re.findall(r"Race reported between .*(?:\n=+ +and .*)*", output)
+    return sum(all(place_of(access) in lines for access in hazard.split("\n")) for hazard in hazards)
+
+
+def place_of(access):
+    """(file, line) of an access, None where it is not told."""
+    place = re.search(r" in (?:.*/)?(\w+\.py):(\d+)", access)
+    return place and (place[1], int(place[2]))
+
+
+def hand_over_lines():
+    """(file, line) of the head of each warp-specialised kernel, of `gl.warp_specialize` and the `if`s around it."""
+    return {
+        (path.name, node.lineno)
+        for path in KERNELS.glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.FunctionDef | ast.If | ast.Expr) and any(map(specializes, ast.walk(node)))
+    }
+
+
+def specializes(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warp_specialize"
 
 
 class Outcome(NamedTuple):
@@ -107,10 +148,11 @@ class Outcome(NamedTuple):
     failure: str | None
 
 
-def report(tool, outcomes, count_errors):
-    """Print what came out of a tool, and return whether all of it was good."""
+def report(tool, numbers, outcomes, count_errors):
+    """Print what came out of a tool for these cases, and return whether all of it was good."""
     errors, right = 0, 0
-    for case, outcome in zip(make_cases(), outcomes, strict=True):
+    cases = make_cases()
+    for case, outcome in zip((cases[number] for number in numbers), outcomes, strict=True):
         found = None if outcome.failure else count_errors(outcome.output)
         errors += found or 0
         right += found == 0
@@ -119,6 +161,9 @@ def report(tool, outcomes, count_errors):
             print(f"{tool}: {case}: {outcome.failure or found or 'it printed no summary'}")
     longest = max(outcome.seconds for outcome in outcomes)
     print(f"{tool}: {errors} errors, {right} of {len(outcomes)} cases right, {longest:.0f} s at most", flush=True)
+    hand_overs = sum(count_hand_overs(outcome.output) for outcome in outcomes)
+    if hand_overs:
+        print(f"{tool}: {hand_overs} hazards where partitions are handed what they work on")
     return right == len(outcomes)
 
 
