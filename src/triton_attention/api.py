@@ -58,8 +58,8 @@ def attention(
         softcap: bound of the scaled scores; 0.0 = none.
         alibi_slopes: (heads_q,) or (batch, heads_q), float32, not differentiable.
         sink: (heads_q,), a logit per head that joins the softmax's denominator; differentiable.
-        dropout_p: rate at which probabilities are dropped, in [0, 1). `torch.manual_seed` reproduces the choice, and
-            forward and backward share it.
+        dropout_p: rate at which probabilities are dropped, in [0, 1), applied to the nearest of 1/256, 2/256, ...,
+            255/256. `torch.manual_seed` reproduces the choice, and forward and backward share it.
         deterministic: make gradients that are the same bit for bit in every run; so does
             `torch.use_deterministic_algorithms(True)`. Up to head dim 128 "hopper" else adds up that of q in an order
             that varies; all its other results, and all of the other backends, are the same each time.

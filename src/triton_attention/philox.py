@@ -5,9 +5,13 @@ TestU01's BigCrush there; ten are the default of generators for all purposes. Th
 on the seed and on its (batch, head, query, key) alone: forward and backward, any tiling and any backend agree on it.
 
     key     = the low and the high 32 bits of the seed
-    counter = (key position // 8, query position, batch * heads + head, 0)
-    number  = the low, if the key position is odd the high 16 bits of word[key position % 8 // 2]
-    kept    iff number >= drop_below(dropout_p), which is round(dropout_p * 2**16)
+    counter = (key position // 16, query position, batch * heads + head, 0)
+    number  = byte j // 8 * 2 + j % 2 of word[j % 8 // 2] for j = key position % 16, the lowest byte being 0
+    kept    iff number >= drop_below(dropout_p), which is about dropout_p * 256
+
+So the rate is applied in steps of 1 / 256, and what is kept grows by the factor that belongs to the step: expectations
+are exact. Four words decide on sixteen keys, and the keys of a word are those that one thread has where a tensor core
+of Hopper leaves a row of the scores.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
+NUMBERS = 2**8  # that decide on a probability, all equally likely
 _WORD = 0xFFFFFFFF
 
 
@@ -27,8 +32,13 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def drop_below(dropout_p: float) -> int:
-    """The 16-bit number from which on a probability is kept."""
-    return min(round(dropout_p * 2**16), 2**16 - 1)
+    """The 8-bit number from which on a probability is kept: of a rate above 0, one from 1 to 255."""
+    return min(max(round(dropout_p * NUMBERS), 1), NUMBERS - 1) if dropout_p > 0.0 else 0
+
+
+def kept_factor(dropout_p: float) -> float:
+    """What is kept is multiplied by this, 1 / (1 - the rate that is applied)."""
+    return NUMBERS / (NUMBERS - drop_below(dropout_p))
 
 
 def dropout_mask(
@@ -42,15 +52,15 @@ def dropout_mask(
     def positions(size: int) -> Tensor:
         return torch.arange(size, dtype=torch.int64, device=seed.device)
 
-    key_blocks = positions((seqlen_k + 7) // 8)
+    key_blocks = positions((seqlen_k + 15) // 16)
     queries = positions(seqlen_q)[:, None]
     batch_heads = (first_batch * heads + positions(batch * heads))[:, None, None]
     words = philox_4x32(
         (key_blocks, queries, batch_heads, torch.zeros_like(key_blocks)),
         (seed & _WORD, seed >> 32 & _WORD),
     )
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    numbers = torch.stack(halves, dim=-1).flatten(-2)[..., :seqlen_k]  # (batch * heads, seqlen_q, seqlen_k)
+    parts = [word >> 8 * byte & 0xFF for half in (0, 2) for word in words for byte in (half, half + 1)]
+    numbers = torch.stack(parts, dim=-1).flatten(-2)[..., :seqlen_k]  # (batch * heads, seqlen_q, seqlen_k)
     return (numbers >= drop_below(dropout_p)).view(batch, heads, seqlen_q, seqlen_k)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_attention.philox import draw_seed, dropout_mask
+from triton_attention.philox import draw_seed, dropout_mask, kept_factor
 from triton_attention.problem import Inputs, Problem
 
 
@@ -34,7 +34,7 @@ def attention(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
     (batch, heads_q, seqlen_q) in the dtype that everything is computed in: float64 for float64 inputs, else float32.
     A query that sees no key has out 0, lse -inf (with a sink: lse = sink), and gradient 0. Query head h reads the
     key/value head h // (heads_q // heads_kv). Dropout keeps what `philox.dropout_mask` says, scaled by
-    1 / (1 - dropout_p), and leaves lse as it is. Differentiable, any number of times, in all inputs but alibi_slopes.
+    `philox.kept_factor`, and leaves lse as it is. Differentiable, any number of times, in all inputs but alibi_slopes.
 
     Of packed sequences each is computed alone, with its part of the bias, and as batch entry i for slopes and dropout;
     out is (total_q, heads_q, head_dim_v) and lse (heads_q, total_q). Rows that no sequence has get out 0 and lse -inf.
@@ -141,7 +141,7 @@ def _attention(
         weights, lse = _softmax(_modified(scores, inputs, problem, lengths), inputs.sink)
         if seed is not None:
             kept = dropout_mask(seed, problem.dropout_p, b, h, seqlen_q, seqlen_k, first_batch)
-            weights = weights.masked_fill(~kept, 0) / (1 - problem.dropout_p)
+            weights = weights.masked_fill(~kept, 0) * kept_factor(problem.dropout_p)
         out = (weights.view(b, hk, rows, seqlen_k) @ v).view(b, h, seqlen_q, problem.head_dim_v)
         return out.to(problem.dtype).transpose(1, 2).contiguous(), lse
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_attention import attention, ops
-from triton_attention.hopper.dropout import eights_layout, philox_words, row_eights_layout
+from triton_attention.hopper.dropout import kept_bytes, philox_words, row_sixteens_layout, sixteens_layout
 from triton_attention.philox import philox_4x32
 from triton_attention.portable import configs
 from triton_attention.portable.configs import Tile
@@ -19,6 +19,7 @@ RATE = 0.4
 HEADS_Q, HEADS_KV = 4, 2
 
 jit_philox_words = triton.jit(philox_words)
+jit_kept_bytes = triton.jit(kept_bytes)
 
 
 def run(q, k, v, dropout_p=RATE):
@@ -62,10 +63,13 @@ def test_the_helper_says_what_the_reference_will_drop():
 
 
 @pytest.mark.parametrize("dropout_p", [2**-40, 1.0 - 2**-40])
-def test_rates_that_16_bits_do_not_tell_from_0_and_1(dropout_p):
-    q, k, v = torch.zeros(2, 5, HEADS_Q, 8), torch.zeros(2, 7, HEADS_KV, 8), torch.ones(2, 7, HEADS_KV, 8)
+def test_rates_nearer_to_0_and_1_than_a_step(dropout_p):
+    """They are 1 / 256 and 255 / 256, and what is kept grows by the factor that belongs to these."""
+    q, k, v = torch.zeros(2, 5, HEADS_Q, 8), torch.zeros(2, 64, HEADS_KV, 8), torch.ones(2, 64, HEADS_KV, 8)
+    torch.manual_seed(0)
+    kept = next_dropout_mask(q, k, dropout_p).sum(-1).transpose(1, 2)
     out, lse = run(q, k, v, dropout_p)
-    torch.testing.assert_close(out, torch.full_like(out, float(dropout_p < 0.5)))
+    torch.testing.assert_close(out, (kept / 64 * (256 / 255 if dropout_p < 0.5 else 256))[..., None].expand_as(out))
     assert lse.isfinite().all()
 
 
@@ -102,27 +106,40 @@ def test_the_words_of_hopper_are_those_of_the_reference(seed):
     assert torch.equal(words, torch.stack(expected))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_threads_share_what_eight_keys_take(transposed):
+@triton.jit
+def hopper_kept_bytes(words, drop_below):
+    place = words + tl.arange(0, 16)
+    tl.store(place, jit_kept_bytes(tl.load(place).to(tl.uint32), drop_below.to(tl.uint32)).to(tl.int64))
+
+
+@pytest.mark.parametrize("drop_below", [1, 127, 128, 129, 255])
+def test_the_bytes_that_hopper_keeps(drop_below):
+    words = torch.randint(2**32, (16,))
+    bytes_of_words = words[:, None] >> torch.arange(0, 32, 8) & 0xFF
+    hopper_kept_bytes[(1,)](words, drop_below)
+    assert torch.equal(words, ((bytes_of_words >= drop_below).long() << torch.arange(7, 32, 8)).sum(1))
+
+
+@pytest.mark.parametrize(("columns", "transposed"), [(32, False), (64, False), (128, False), (64, True), (128, True)])
+def test_threads_share_what_sixteen_keys_take(columns, transposed):
     """Each evaluation has one owner, of the four, or transposed eight, who have the weights that it is for."""
-    for columns in (32, 64, 128):
-        layout = (row_eights_layout if transposed else eights_layout)(columns)
-        owners = {}
-        for warp, lane, register in product(range(4), range(32), range(columns // 16)):
-            bits = [(register, layout.reg_bases), (lane, layout.lane_bases), (warp, layout.warp_bases)]
-            place = [0, 0]
-            for number, bases in bits:
-                for bit, basis in enumerate(bases):
-                    if number >> bit & 1:
-                        place = [old ^ new for old, new in zip(place, basis, strict=True)]
-            owners.setdefault(tuple(place), []).append((warp, lane))
-            if transposed:  # of keys, by eights, and queries
-                eight, column = place
-                assert eight // 2 == warp
-                assert column % 8 // 2 == lane % 4
-            else:
-                row, eight = place
-                assert row % 8 == lane // 4
-                assert row // 16 == warp
-        assert len(owners) == 64 * columns // 8
-        assert all(len(who) == 1 for who in owners.values())
+    layout = (row_sixteens_layout if transposed else sixteens_layout)(columns)
+    owners = {}
+    for warp, lane, register in product(range(4), range(32), range(columns // 32)):
+        bits = [(register, layout.reg_bases), (lane, layout.lane_bases), (warp, layout.warp_bases)]
+        place = [0, 0]
+        for number, bases in bits:
+            for bit, basis in enumerate(bases):
+                if number >> bit & 1:
+                    place = [old ^ new for old, new in zip(place, basis, strict=True)]
+        owners.setdefault(tuple(place), []).append((warp, lane))
+        if transposed:  # of keys, by sixteens, and queries
+            sixteen, column = place
+            assert sixteen == warp
+            assert column % 8 // 2 == lane % 4
+        else:
+            row, _ = place
+            assert row % 8 == lane // 4
+            assert row // 16 == warp
+    assert len(owners) == 64 * columns // 16
+    assert all(len(who) == 1 for who in owners.values())

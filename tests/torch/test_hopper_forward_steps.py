@@ -22,7 +22,7 @@ MASKS = [
 ]  # fmt: skip
 DATA = (  # what the loops call for data alone
     "new_rows", "accumulator_layout", "wait_full", "as_operand", "multiply_values", "load_sink",
-    "load_row_bias", "load_bias", "warpgroup_mma_wait", "store", "draw", "drop", "release",
+    "load_row_bias", "load_bias", "warpgroup_mma_wait", "store", "draw", "no_bits", "release",
 )  # fmt: skip
 
 
@@ -62,9 +62,9 @@ def steps_of(work, spec, tile, call):
     steps, first = [], []
     heard = iter([work, work._replace(tile_last=0)])
 
-    def visit(rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, spec, tile, index, masked):
-        steps.append((step, n, masked))
-        return rows, weights, output
+    def visit(rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, *others):
+        steps.append((step, n, others[-1]))
+        return rows, weights, bits, output
 
     def scale_scores(scores, values, head, start_m, start_n, *_):  # of the first block: the others are visited
         steps.append((first[0], start_n // tile.BLOCK_N, False))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from triton_attention.philox import draw_seed, drop_below, dropout_mask, philox_4x32
+from triton_attention.philox import draw_seed, drop_below, dropout_mask, kept_factor, philox_4x32
 
 # Known answers of Random123 (kat_vectors: philox4x32, 7 rounds): counter, key, words.
 KNOWN_ANSWERS = [
@@ -35,13 +35,13 @@ def python_philox(counter, key):
 
 @pytest.mark.parametrize("seed", [0, 0x0123456789ABCDEF, -2, -(2**63)])
 def test_mask_reads_the_bits_of_its_position(seed):
-    batch, heads, seqlen_q, seqlen_k, dropout_p = 2, 3, 2, 13, 0.4
+    batch, heads, seqlen_q, seqlen_k, dropout_p = 2, 3, 2, 21, 0.4
     mask = dropout_mask(torch.tensor(seed), dropout_p, batch, heads, seqlen_q, seqlen_k)
     key = (seed % 2**32, (seed >> 32) % 2**32)
     for b, h, i, j in torch.cartesian_prod(*map(torch.arange, (batch, heads, seqlen_q, seqlen_k))).tolist():
-        word = python_philox((j // 8, i, b * heads + h, 0), key)[j % 8 // 2]
-        number = word >> 16 if j % 2 else word % 2**16
-        assert mask[b, h, i, j] == (number >= round(dropout_p * 2**16))
+        word = python_philox((j // 16, i, b * heads + h, 0), key)[j % 8 // 2]
+        number = word.to_bytes(4, "little")[j % 16 // 8 * 2 + j % 2]
+        assert mask[b, h, i, j] == (number >= round(dropout_p * 256))
 
 
 def test_mask_of_a_part_is_the_part_of_the_mask():
@@ -56,16 +56,21 @@ def test_a_part_of_the_batch():
     assert torch.equal(dropout_mask(seed, 0.5, 1, 3, 16, 33, first_batch=1), dropout_mask(seed, 0.5, 2, 3, 16, 33)[1:])
 
 
-@pytest.mark.parametrize(("dropout_p", "number"), [(0.0, 0), (0.5, 2**15), (1 - 2**-40, 2**16 - 1)])
-def test_threshold_fits_16_bits(dropout_p, number):
+@pytest.mark.parametrize(
+    ("dropout_p", "number"), [(0.0, 0), (2**-40, 1), (0.1, 26), (0.5, 128), (0.999, 255), (1 - 2**-40, 255)]
+)
+def test_threshold_fits_8_bits_and_what_is_kept_grows_by_its_rate(dropout_p, number):
     assert drop_below(dropout_p) == number
+    assert kept_factor(dropout_p) == 1 / (1 - number / 256)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 0.9])
 def test_rate(dropout_p):
     mask = dropout_mask(torch.tensor(1), dropout_p, 2, 4, 64, 128)
-    standard_deviation = (dropout_p * (1 - dropout_p) / mask.numel()) ** 0.5
-    assert abs((~mask).double().mean() - dropout_p) <= 4 * standard_deviation
+    rate = drop_below(dropout_p) / 256
+    assert abs(rate - dropout_p) <= 1 / 512
+    standard_deviation = (rate * (1 - rate) / mask.numel()) ** 0.5
+    assert abs((~mask).double().mean() - rate) <= 4 * standard_deviation
 
 
 def test_seeds_come_from_the_global_generator():

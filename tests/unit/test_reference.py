@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from triton_attention import attention, reference
-from triton_attention.philox import draw_seed, dropout_mask
+from triton_attention.philox import draw_seed, dropout_mask, kept_factor
 from triton_attention.problem import Inputs, Mask, Problem
 
 BATCH, HEADS, HEADS_KV, SEQLEN_Q, SEQLEN_K, HEAD_DIM, HEAD_DIM_V = 2, 4, 2, 3, 5, 4, 3
@@ -62,7 +62,7 @@ def loops(inputs, mask=NO_MASK, softmax_scale=None, softcap=0.0, dropout_p=0.0, 
         lse[b, h, i] = math.log(total) if total > 0 else -math.inf
         for j, value in enumerate(logits):
             if value > -math.inf and (kept is None or kept[b, h, i, j]):
-                probability = math.exp(value) / total / (1 - dropout_p)
+                probability = math.exp(value) / total * kept_factor(dropout_p)
                 for d in range(head_dim_v):
                     out[b, i, h, d] += probability * v[b][j][h // (heads // heads_kv)][d]
     return out, lse

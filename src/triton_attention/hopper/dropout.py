@@ -1,7 +1,7 @@
 """Which weights of a block does dropout keep? Those that `philox.dropout_mask` names, whatever the tile.
 
-What is decided on a tile travels as bits, so that it can be drawn before the tile is there: a thread has four words of
-them for the 32 weights that it has of a 64 x 64 tile.
+What is decided on a tile travels as bits, so that it can be drawn before the tile is there: a thread has a word of them
+for the 32 weights that it has of a 64 x 64 tile. Where the bit of a weight is, `spread` says.
 """
 
 from __future__ import annotations
@@ -15,28 +15,63 @@ from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.softmax import opaque_zero
 
 ROUNDS = gl.constexpr(philox.ROUNDS)
+HIGHEST_BIT = gl.constexpr(0x80000000)
+WARPS = gl.constexpr(4)  # of a warpgroup; a warp has 16 rows of an accumulator, its thread (g, t) rows g and g + 8
 
 
 @gluon.constexpr_function
-def eights_layout(columns):
-    """A (64, columns / 8) tile whose element (i, j) stands for the columns [8 j, 8 j + 8) of row i of an accumulator.
+def sixteens_layout(columns):
+    """A (64, columns / 16) tile: element (i, j) stands for the columns [16 j, 16 j + 16) of row i of an accumulator.
 
-    There, four threads share sixteen columns of two rows; here each of them has eight of one of the rows.
+    There four threads share these sixteen, of two rows; here each of them makes one of four such pairs of rows.
     """
-    registers = [[0, 2 << bit] for bit in range((columns // 16).bit_length() - 1)]
-    lanes = [[8, 0], [0, 1], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns // 8])
+    lanes = [[1, 0], [2, 0], [4, 0]]
+    if columns == 32:
+        registers, lanes = [], [[0, 1], [8, 0], *lanes]
+    else:
+        registers = [[8, 0], *([0, 4 << bit] for bit in range((columns // 64).bit_length() - 1))]
+        lanes = [[0, 1], [0, 2], *lanes]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns // 16])
 
 
 @gluon.constexpr_function
-def row_eights_layout(columns):
-    """An (8, columns) tile whose element (i, j) stands for the rows [8 i, 8 i + 8) of column j of an accumulator.
+def row_sixteens_layout(columns):
+    """A (4, columns) tile: element (i, j) stands for the rows [16 i, 16 i + 16) of column j of an accumulator.
 
-    There, eight threads share sixteen rows of four columns; here each of them has eight of one of the columns.
+    There eight threads share these sixteen, of a quarter of the columns, which they divide among them here.
     """
-    registers = [[0, 16 << bit] for bit in range((columns // 16).bit_length() - 1)]
-    lanes = [[0, 2], [0, 4], [0, 1], [1, 0], [0, 8]]
-    return gl.DistributedLinearLayout(registers, lanes, [[2, 0], [4, 0]], [], [8, columns])
+    registers = [[0, 1], *([0, 64 << bit] for bit in range((columns // 64).bit_length() - 1))]
+    lanes = [[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]]
+    return gl.DistributedLinearLayout(registers, lanes, [[1, 0], [2, 0]], [], [4, columns])
+
+
+@gluon.constexpr_function
+def words_of(columns):
+    """How many words a thread has for its weights of a (64, columns) tile."""
+    return max(columns // 64, 1)
+
+
+@gluon.constexpr_function
+def owners_layout(words):
+    """A (4 warps, 8, 4, words) tile: a thread (g, t) has the last axis of (its warp, g, t)."""
+    registers = [[0, 0, 0, 1 << bit] for bit in range(words.bit_length() - 1)]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[1, 0, 0, 0], [2, 0, 0, 0]], [], [WARPS.value, 8, 4, words])
+
+
+@gluon.constexpr_function
+def axes_layout(shape, lanes):
+    """A tile whose first axis is the warps: the axes `lanes` are the bits of a thread's number in its warp, from the
+    lowest on, and each thread has all there is along the others."""
+
+    def basis(axis, bit):
+        return [1 << bit if axis == other else 0 for other in range(len(shape))]
+
+    others = [axis for axis in range(len(shape) - 1, 0, -1) if axis not in lanes]
+    registers = [basis(axis, bit) for axis in others for bit in range(shape[axis].bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        registers, [basis(axis, 0) for axis in lanes], [basis(0, 0), basis(0, 1)], [], list(shape)
+    )
 
 
 def philox_words(c0, c1, c2, c3, seed):
@@ -59,83 +94,177 @@ def philox_words(c0, c1, c2, c3, seed):
 _philox_words = gluon.jit(philox_words)
 
 
+def kept_bytes(words, drop_below):
+    """The highest bit of each byte of `words`: 1 where the byte is not below `drop_below`, which is in [1, 255].
+
+    Bytes without their highest bit, h, plus -drop_below mod 128 are less than 256, so that nothing is carried from
+    byte to byte, and the highest bit of the sum, s, compares them with drop_below mod 128, or with 128 in place of 0. A
+    byte is kept if h or s where drop_below <= 128, if h and s where it is more: that is the majority of h, s and a
+    third bit.
+    """
+    addend = (0 - drop_below & 0x7F) * 0x01010101
+    either = (drop_below - 129 >> 31 & 1) * 0x80808080
+    sums = (words & 0x7F7F7F7F) + addend
+    return (words & sums | words & either | sums & either) & 0x80808080
+
+
+_kept_bytes = gluon.jit(kept_bytes)
+
+
 @gluon.jit
-def left_out(first, second, drop_below):
-    """Four bits for the halves of two words, low before high: 1 where one is below `drop_below`."""
-    bits = ((first & 0xFFFF) < drop_below).to(gl.uint32) | (first < drop_below << 16).to(gl.uint32) << 1
-    return bits | ((second & 0xFFFF) < drop_below).to(gl.uint32) << 2 | (second < drop_below << 16).to(gl.uint32) << 3
+def folded(words, PLACES: gl.constexpr):
+    """Without the last axis, which has two words: the bits of the second so many places below those of the first."""
+    first, second = gl.split(words)
+    return first | second >> PLACES
+
+
+@gluon.jit
+def exchanged(words, ORDER: gl.constexpr, LANES: gl.constexpr, PLACES: gl.constexpr):
+    """With the axes in another order, and folded: threads send each other half of what they have, so that each has both
+    words of the last axis. One bit of their number changes its axis; where two did, Triton would not shuffle."""
+    words = words.permute(ORDER)
+    return folded(gl.convert_layout(words, axes_layout(words.shape, LANES)), PLACES)
 
 
 @gluon.jit
 def draw(seed, matrix, start_m, start_n, call, SPEC: gl.constexpr, COLUMNS: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """What dropout leaves out of a (64, COLUMNS) tile of weights, (queries, keys) or if TRANSPOSED (keys, queries).
+    """What dropout keeps of a (64, COLUMNS) tile of weights, (queries, keys) or if TRANSPOSED (keys, queries).
 
-    Element (i, 8 w + c) of the result is for row i and the columns 64 w + 8 j + c: its bit 4 j is 1 where one is left
-    out. `matrix` is the number of a query head among those of all batch entries, and start_n a multiple of 8.
+    Each thread's words, (4, 8, 4, COLUMNS / 64), in which a weight that is kept has a 1. `matrix` is the number of a
+    query head among those of all batch entries, and start_n a multiple of 16.
     """
     if SPEC.DROPOUT:
-        WORDS: gl.constexpr = COLUMNS // 64 if COLUMNS > 64 else 1
-        EIGHTS: gl.constexpr = COLUMNS // WORDS // 8
+        W: gl.constexpr = words_of(COLUMNS)
         # What is made with a zero that the compiler does not know is made anew for each tile, and waits in no register.
         if TRANSPOSED:
-            LAYOUT: gl.constexpr = row_eights_layout(COLUMNS)
-            rows = gl.arange(0, WARPGROUP_ROWS // 8, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
+            LAYOUT: gl.constexpr = row_sixteens_layout(COLUMNS)
+            rows = gl.arange(0, WARPS, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
             columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-            eight = columns // 8  # which one of columns
-            eights = (start_n // 8 + rows).to(gl.uint32)[:, None]
+            sixteens = (start_n // 16 + rows).to(gl.uint32)[:, None]
             queries = (start_m + columns).to(gl.uint32)[None, :]
         else:
-            LAYOUT: gl.constexpr = eights_layout(COLUMNS)
+            LAYOUT: gl.constexpr = sixteens_layout(COLUMNS)
             rows = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
-            eight = gl.arange(0, COLUMNS // 8, layout=gl.SliceLayout(0, LAYOUT))
-            eights = (start_n // 8 + eight).to(gl.uint32)[None, :]
+            columns = gl.arange(0, COLUMNS // 16, layout=gl.SliceLayout(0, LAYOUT))
+            sixteens = (start_n // 16 + columns).to(gl.uint32)[None, :]
             queries = (start_m + rows).to(gl.uint32)[:, None]
         number = gl.to_tensor(matrix).to(gl.uint32)
         zero = gl.to_tensor(0).to(gl.uint32)
-        first, second, third, fourth = _philox_words(eights, queries, number, zero, seed + opaque_zero())
+        first, second, third, fourth = _philox_words(sixteens, queries, number, zero, seed + opaque_zero())
         drop_below = call.extras.drop_below
-        place = (eight % EIGHTS * 4).to(gl.uint32)[None, :]
-        bits = left_out(first, second, drop_below) << place
-        bits = gl.join(bits, left_out(third, fourth, drop_below) << place)
+        first, second = _kept_bytes(first, drop_below), _kept_bytes(second, drop_below)
+        third, fourth = _kept_bytes(third, drop_below), _kept_bytes(fourth, drop_below)
+        words = gl.join(gl.join(first, third), gl.join(second, fourth))
+        # From here on each axis is one bit of a number, but for the first, the warps, and W.
         if TRANSPOSED:
-            bits = gl.sum(bits.reshape([WARPGROUP_ROWS // 8, WORDS, EIGHTS, 8, 2]), 2)
+            # Of a word, the thread of the keys 2 t and 2 t + 8 has the bytes 0 and 2, its neighbour 1 and 3.
+            words = gl.join(words << 8 & 0x80008000, words & 0x80008000)
+            words = words.reshape([WARPS, W, 2, 2, 2, 2, 2, 2, 2, 2, 2])  # columns of an eight: the axes 5, 6, 7
+            words = folded(words.permute((0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 7)), 1)
+            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 8, 9, 2), (5, 4, 3, 2, 6), 8)
+            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 8, 2), (4, 3, 2, 6, 5), 4)
+            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 2), (3, 2, 6, 5, 4), 2)
+            bits = words.permute((0, 4, 5, 6, 2, 3, 1))
         else:
-            bits = gl.sum(bits.reshape([WARPGROUP_ROWS, WORDS, EIGHTS, 2]), 2)
-        bits = gl.join(gl.join(bits, bits >> 2), gl.join(bits >> 1, bits >> 3))  # the four keys of half an eight
-        if TRANSPOSED:
-            bits = bits.permute((0, 3, 4, 5, 1, 2))
-        bits = gl.convert_layout(bits.reshape([WARPGROUP_ROWS, WORDS * 8]), accumulator_layout(WORDS * 8))
+            if COLUMNS == 32:
+                words = words.reshape([WARPS, 2, 2, 2, 2, W, 2, 2, 2])  # rows of a sixteen: the axes 1 to 4
+                words = exchanged(words, (0, 2, 3, 4, 5, 6, 7, 8, 1), (5, 6, 3, 2, 1), 1)
+            else:
+                words = words.reshape([WARPS, 2, 2, 2, 2, W, 2, 2, 2, 2])
+                words = folded(words.permute((0, 2, 3, 4, 5, 6, 7, 8, 9, 1)), 1)
+                words = exchanged(words, (0, 1, 2, 3, 4, 6, 7, 8, 5), (5, 6, 3, 2, 1), 4)
+            words = exchanged(words, (0, 1, 2, 3, 4, 6, 7, 5), (6, 5, 3, 2, 1), 2)
+            bits = words.permute((0, 1, 2, 3, 5, 6, 4))
+        bits = gl.convert_layout(bits.reshape([WARPS, 8, 4, W]), owners_layout(W))
     else:
         bits = 0
     return bits
 
 
 @gluon.jit
-def spread(bits, COLUMNS: gl.constexpr):
-    """(64, COLUMNS) numbers of what was drawn, one for each weight: odd where it is left out."""
-    WORDS: gl.constexpr = bits.shape[1] // 8
-    bits = bits.reshape([WARPGROUP_ROWS, WORDS, 8])
-    bits = gl.join(bits, bits >> 4)
-    bits = gl.join(bits, bits >> 8)
-    bits = gl.join(bits, bits >> 16).permute((0, 1, 5, 4, 3, 2)) if COLUMNS > 32 else bits.permute((0, 1, 4, 3, 2))
+def no_bits(SPEC: gl.constexpr, COLUMNS: gl.constexpr):
+    """As if a tile had been drawn, and nothing kept of it."""
+    if SPEC.DROPOUT:
+        W: gl.constexpr = words_of(COLUMNS)
+        bits = gl.full([WARPS, 8, 4, W], 0, gl.uint32, owners_layout(W))
+    else:
+        bits = 0
+    return bits
+
+
+@gluon.jit
+def spread(bits, COLUMNS: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """(64, COLUMNS) numbers of what was drawn, one for each weight: the highest bit is 1 where it is kept."""
+    if TRANSPOSED:
+        bits = gl.join(bits, bits << 1)  # columns 0 and 1
+        bits = gl.join(bits << 16, bits)  # rows 0 and 8
+        bits = gl.join(bits, bits << 2)  # columns 0 and 8
+        bits = gl.join(bits, bits << 4)  # columns 0 and 16
+        bits = gl.join(bits, bits << 8)  # columns 0 and 32
+    else:
+        bits = gl.join(bits << 8, bits)
+        bits = gl.join(bits, bits << 1)
+        bits = gl.join(bits << 16, bits)
+        bits = gl.join(bits, bits << 2)
+        if COLUMNS > 32:
+            bits = gl.join(bits, bits << 4)
+    bits = bits.permute((0, 5, 1, 3, 8, 7, 6, 2, 4) if COLUMNS > 32 else (0, 5, 1, 3, 7, 6, 2, 4))
     return gl.convert_layout(bits.reshape([WARPGROUP_ROWS, COLUMNS]), accumulator_layout(COLUMNS))
 
 
 @gluon.jit
+def pair_mask(bits, HIGH: gl.constexpr):
+    """Two halves, all ones or all zeros, by the highest bits of the two low bytes of a word, or of the HIGH ones."""
+    if HIGH:
+        mask = gl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0xbbaa;", "=r,r", [bits], dtype=gl.uint32, is_pure=True, pack=1
+        )
+    else:
+        mask = gl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x9988;", "=r,r", [bits], dtype=gl.uint32, is_pure=True, pack=1
+        )
+    return mask
+
+
+@gluon.jit
+def spread_over_pairs(bits, COLUMNS: gl.constexpr):
+    """As `spread` for weights that are not transposed: masks of two neighbouring columns, the same number for both."""
+    bits = gl.join(bits, bits << 1)  # rows 0 and 8
+    bits = gl.join(bits, bits << 2)  # columns 0 and 16
+    if COLUMNS > 32:
+        bits = gl.join(bits, bits << 4)  # columns 0 and 32
+    masks = gl.join(pair_mask(bits, False), pair_mask(bits, True))  # columns 0 and 8
+    masks = gl.join(masks, masks)
+    masks = masks.permute((0, 4, 1, 3, 6, 5, 7, 2, 8) if COLUMNS > 32 else (0, 4, 1, 3, 5, 6, 2, 7))
+    return gl.convert_layout(masks.reshape([WARPGROUP_ROWS, COLUMNS]), accumulator_layout(COLUMNS))
+
+
+@gluon.jit
+def masked_pairs(tile, masks):
+    """16-bit numbers and what `spread_over_pairs` made, two at once."""
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r,r", [tile, masks], dtype=tile.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def drop(tile, bits, SPEC: gl.constexpr):
-    """The numbers of a (64, COLUMNS) tile with 0 where dropout leaves one out."""
+    """The numbers of a (64, COLUMNS) tile with 0 where dropout leaves one out; of 16 bits, two at once."""
     if SPEC.DROPOUT:
-        tile = gl.where(spread(bits, tile.shape[1]) & 1 == 0, tile, 0.0)
+        if tile.dtype == gl.float32:
+            tile = gl.where(spread(bits, tile.shape[1], False) & HIGHEST_BIT == 0, 0.0, tile)
+        else:
+            tile = masked_pairs(tile, spread_over_pairs(bits, tile.shape[1]))
     return tile
 
 
 @gluon.jit
 def mark(weights, bits, SPEC: gl.constexpr):
-    """Weights with a minus where dropout leaves one out: one number tells the weight, and whether it is kept.
+    """Transposed weights, minus where dropout leaves one out: one number tells the weight, and whether it is kept.
 
     By their bits: comparisons would be kept, each in a register, from one barrier to the next.
     """
     if SPEC.DROPOUT:
-        signs = spread(bits, weights.shape[1]) << 31
+        signs = ~spread(bits, weights.shape[1], True) & HIGHEST_BIT
         weights = (weights.to(gl.uint32, bitcast=True) | signs).to(gl.float32, bitcast=True)
     return weights

@@ -23,7 +23,7 @@ from triton_attention._compat import copy_to_global
 from triton_attention.hopper.bias import load_bias, load_row_bias
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.correction import correct
-from triton_attention.hopper.dropout import draw, drop
+from triton_attention.hopper.dropout import draw, drop, no_bits
 from triton_attention.hopper.heads import load_sink, query_head
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
@@ -187,10 +187,11 @@ def new_output(work, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def as_operand(weights, channels, SPEC: gl.constexpr):
-    """The weights as the left operand of a product. They travel from block to block as float32: pairs of 16-bit numbers
-    that cross a loop are taken apart and put together again."""
-    return gl.convert_layout(weights.to(channels.v.tiles.dtype), operand_layout(SPEC.BLOCK_DV))
+def as_operand(weights, bits, channels, SPEC: gl.constexpr):
+    """The weights that dropout keeps as the left operand of a product. They travel from block to block as float32:
+    pairs of 16-bit numbers that cross a loop are taken apart and put together again."""
+    weights = drop(weights.to(channels.v.tiles.dtype), bits, SPEC)
+    return gl.convert_layout(weights, operand_layout(SPEC.BLOCK_DV))
 
 
 @gluon.jit
@@ -246,11 +247,11 @@ def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: 
 
 @gluon.jit
 def visit(
-    rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC: gl.constexpr,
+    rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC: gl.constexpr,
     TILE: gl.constexpr, INDEX: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in block n of the keys: its softmax runs under the product of the weights of the block before with v."""
-    operand = as_operand(weights, channels, SPEC)
+    operand = as_operand(weights, bits, channels, SPEC)
     wait_full(channels.v, step - 1)
     wait_full(channels.k, step)
     scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
@@ -263,10 +264,9 @@ def visit(
     if MASKED:
         scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
     rows, weights, correction = weigh(rows, scores, scale, SPEC)
-    weights = drop(weights, bits, SPEC)
     output = wait_values(output, SPEC)
     release(channels.v, step - 1)
-    return rows, weights, corrected(output, correction, SPEC)
+    return rows, weights, bits, corrected(output, correction, SPEC)
 
 
 @gluon.jit
@@ -290,6 +290,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
     work = hear(channels.ticker, 0, SPEC, TILE, INDEX)
     rows = new_rows(-INFINITY, SPEC, TILE.BLOCK_N)
     weights = gl.full([WARPGROUP_ROWS, TILE.BLOCK_N], 0.0, gl.float32, accumulator_layout(TILE.BLOCK_N))
+    bits = no_bits(SPEC, TILE.BLOCK_N)
     output = new_output(work, SPEC)
     while work.tile_last > 0:
         # The first block of keys, while the last values of the tile before are under way.
@@ -298,7 +299,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
             for _ in range(work.last, work.tile_last):
                 skip(channels, step, SPEC, TILE)
                 step += 1
-        operand = as_operand(weights, channels, SPEC)
+        operand = as_operand(weights, bits, channels, SPEC)
         wait_full(channels.q, i)
         wait_full(channels.v, pending, i > 0)
         wait_full(channels.k, step)
@@ -322,26 +323,25 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
             scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
         rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale, SPEC)
         bits = draw(head.seed, head.number, output.start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False)
-        weights = drop(weights, bits, SPEC)
         step += 1
 
         if SPEC.HAS_UPPER:
             for n in range(work.last - 2, max(work.full_last, work.first) - 1, -1):
-                rows, weights, output = visit(
-                    rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
+                rows, weights, bits, output = visit(
+                    rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
                     INDEX, True,
                 )  # fmt: skip
                 step += 1
         for n in range(min(work.last - 1, work.full_last) - 1, max(work.full_first, work.first) - 1, -1):
-            rows, weights, output = visit(
-                rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
+            rows, weights, bits, output = visit(
+                rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
                 INDEX, False,
             )  # fmt: skip
             step += 1
         if SPEC.HAS_LOWER:
             for n in range(min(work.last - 1, work.full_first) - 1, work.first - 1, -1):
-                rows, weights, output = visit(
-                    rows, weights, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
+                rows, weights, bits, output = visit(
+                    rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
                     INDEX, True,
                 )  # fmt: skip
                 step += 1
@@ -361,7 +361,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
     else:
         pending = step - 1
         wait_full(channels.v, pending)
-    output = multiply_values(channels, as_operand(weights, channels, SPEC), output, pending, SPEC)
+    output = multiply_values(channels, as_operand(weights, bits, channels, SPEC), output, pending, SPEC)
     output = wait_values(output, SPEC)
     store(operands, lse, results, output, rows, call, SPEC, TILE, INDEX)
     tma.store_wait(0)

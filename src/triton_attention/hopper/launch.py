@@ -39,7 +39,6 @@ _LOG2_E = math.log2(math.e)
 _ROWS = WARPGROUP_ROWS.value
 _SECTION_BYTES = 32 << 20  # keys and values that stay in L2 together
 _LEAST_SCALE = 2.0**-20  # that ALiBi's slopes are divided by
-_HIGHEST_RATE = 1.0 - 2.0**-15  # of dropout: beyond it probabilities / (1 - dropout_p) may leave float16
 
 
 def forward(
@@ -124,7 +123,7 @@ def backward(
 def differentiates(extras: Extras, has_bias: bool) -> bool:
     """Whether the backward kernels take what few calls have: packed sequences with neither a bias nor dropout."""
     plainly_packed = not has_bias and extras.dropout_p == 0.0
-    return (extras.packing is None or plainly_packed) and extras.dropout_p <= _HIGHEST_RATE
+    return extras.packing is None or plainly_packed
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:

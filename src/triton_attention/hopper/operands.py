@@ -25,7 +25,7 @@ from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.heads import Extras as KernelExtras
 from triton_attention.hopper.heads import Slopes
 from triton_attention.hopper.schedule import Packing as PackingNumbers
-from triton_attention.philox import drop_below
+from triton_attention.philox import drop_below, kept_factor
 from triton_attention.problem import Extras, Mask, Packing
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
@@ -111,7 +111,7 @@ def extras_argument(extras: Extras, batch: int, heads: int, diagonal: int) -> Ar
     """What few calls have; what is absent is None."""
     if extras.absent:
         return ABSENT
-    softcap = slopes = no_distance = sink = seed = threshold = kept_factor = ABSENT
+    softcap = slopes = no_distance = sink = seed = threshold = factor = ABSENT
     if extras.softcap > 0.0:
         softcap = Argument(softcap_of(extras), "fp32")
     if extras.alibi_slopes is not None:
@@ -123,8 +123,8 @@ def extras_argument(extras: Extras, batch: int, heads: int, diagonal: int) -> Ar
         sink = flat(extras.sink.contiguous())
     if extras.seed is not None:
         seed, threshold = flat(extras.seed), Argument(drop_below(extras.dropout_p), "u32")
-        kept_factor = Argument(1.0 / (1.0 - extras.dropout_p), "fp32")
-    arguments = (softcap, slopes, no_distance, sink, seed, threshold, kept_factor)
+        factor = Argument(kept_factor(extras.dropout_p), "fp32")
+    arguments = (softcap, slopes, no_distance, sink, seed, threshold, factor)
     return Argument(KernelExtras(*(x.value for x in arguments)), KernelExtras(*(x.type for x in arguments)))
 
 

@@ -50,6 +50,7 @@ from triton_attention.hopper.operands import (
 )
 from triton_attention.hopper.rows import PANEL, Strided, attention_bwd_dq, attention_bwd_rows
 from triton_attention.kernel import Launch
+from triton_attention.philox import kept_factor
 from triton_attention.problem import Extras, Mask
 
 _LOG2_E = math.log2(math.e)
@@ -68,7 +69,7 @@ class SinkRows(NamedTuple):
     lse: Tensor
     rows: Tensor  # see `attention_bwd_rows`
     packed: bool
-    kept_factor: float  # of dropout, by which its -delta is divided; packed sequences have none
+    kept_factor: float  # of dropout, by which its -delta is divided; 1 for packed sequences, which have none
 
     def dscores(self) -> Tensor:
         """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q).
@@ -183,8 +184,7 @@ def plan_backward(
     if bias is not None and kind == "shared":
         dbias, launch = _plan_shared_dbias((q, k, v, dout), bias, rows, call, spec, num_sms)
         launches.append(launch)
-    kept_factor = 1.0 / (1.0 - extras.dropout_p)
-    sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows, packed, kept_factor)
+    sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows, packed, kept_factor(extras.dropout_p))
     return BackwardPlan(dq, dk, dv, dbias, bias, sink_rows, launches)
 
 

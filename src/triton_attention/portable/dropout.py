@@ -11,20 +11,27 @@ ROUNDS = tl.constexpr(philox.ROUNDS)
 
 
 @triton.jit
+def halves(words):
+    """The low half of each word, and its high half."""
+    return tl.interleave(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
 def kept_tile(head, start_m, start_n, call, SPEC: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """True where a probability is kept: (BLOCK_M, BLOCK_N) or its transpose; without dropout one True for all.
 
-    One evaluation of Philox makes the numbers of eight neighbouring keys, so that a tile takes BLOCK_M * BLOCK_N / 8.
-    `start_n` is a multiple of 8.
+    One evaluation of Philox makes the numbers of sixteen neighbouring keys: a tile takes BLOCK_M * BLOCK_N / 16.
+    `start_n` is a multiple of 16.
     """
     if SPEC.DROPOUT:
         queries = (start_m + tl.arange(0, TILE.BLOCK_M))[:, None]
-        key_blocks = (start_n // 8 + tl.arange(0, TILE.BLOCK_N // 8))[None, :]
+        key_blocks = (start_n // 16 + tl.arange(0, TILE.BLOCK_N // 16))[None, :]
         first, second, third, fourth = tl.philox(
             head.seed, key_blocks, queries, tl.cast(head.batch * call.heads_q + head.index, tl.int32), 0, ROUNDS
         )
-        words = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))  # (BLOCK_M, BLOCK_N / 2)
-        kept = tl.interleave(words & 0xFFFF, words >> 16) >= head.drop_below
+        even, odd = tl.interleave(halves(first), halves(third)), tl.interleave(halves(second), halves(fourth))
+        pairs = tl.interleave(even, odd)  # (BLOCK_M, BLOCK_N / 2)
+        kept = tl.interleave(pairs & 0xFF, pairs >> 8) >= head.drop_below
         if TRANSPOSED:
             kept = tl.trans(kept)
     else:

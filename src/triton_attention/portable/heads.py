@@ -26,8 +26,8 @@ class Extras(NamedTuple):
     diagonal: object  # the j - i where ALiBi adds nothing
     sink: object  # (heads_q,)
     seed: object  # of dropout: one number
-    drop_below: object  # dropout keeps a probability iff its 16 bits are at least this
-    kept_factor: object  # 1 / (1 - dropout_p)
+    drop_below: object  # dropout keeps a probability iff its byte is at least this
+    kept_factor: object  # see `philox.kept_factor`
     cu_seqlens_q: object  # (batch + 1,): where packed sequences begin, and the last one ends
     cu_seqlens_k: object
 

@@ -30,7 +30,7 @@ from triton_attention.arguments import (
 )
 from triton_attention.blocks import first_tile
 from triton_attention.kernel import ForwardPlan, Launch, run
-from triton_attention.philox import drop_below
+from triton_attention.philox import drop_below, kept_factor
 from triton_attention.portable import backward as bwd
 from triton_attention.portable import forward as fwd
 from triton_attention.portable.bias import BiasTensor
@@ -345,7 +345,7 @@ def _bias(tensor: Tensor) -> Argument:
 def _extras(planner: _Planner, settings: Settings, heads: int) -> Argument:
     """What few calls have; what is absent is None."""
     extras = settings.extras
-    softcap = slopes = diagonal = sink = seed = threshold = kept_factor = cu_seqlens_q = cu_seqlens_k = ABSENT
+    softcap = slopes = diagonal = sink = seed = threshold = factor = cu_seqlens_q = cu_seqlens_k = ABSENT
     if extras.softcap > 0.0:
         smallest, largest = _SOFTCAPS
         softcap = Argument(min(max(extras.softcap, smallest), largest) * _LOG2_E, "fp32")
@@ -358,10 +358,10 @@ def _extras(planner: _Planner, settings: Settings, heads: int) -> Argument:
         sink = flat(extras.sink.contiguous())
     if extras.seed is not None:
         seed, threshold = flat(extras.seed), Argument(drop_below(extras.dropout_p), "u32")
-        kept_factor = Argument(1.0 / (1.0 - extras.dropout_p), "fp32")
+        factor = Argument(kept_factor(extras.dropout_p), "fp32")
     if extras.packing is not None:
         cu_seqlens_q, cu_seqlens_k = (flat(starts.contiguous()) for starts in extras.packing[:2])
-    arguments = (softcap, slopes, diagonal, sink, seed, threshold, kept_factor, cu_seqlens_q, cu_seqlens_k)
+    arguments = (softcap, slopes, diagonal, sink, seed, threshold, factor, cu_seqlens_q, cu_seqlens_k)
     if all(argument is ABSENT for argument in arguments):
         return ABSENT
     return Argument(KernelExtras(*(x.value for x in arguments)), KernelExtras(*(x.type for x in arguments)))

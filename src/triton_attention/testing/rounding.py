@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_attention import reference
+from triton_attention.philox import kept_factor
 from triton_attention.problem import Inputs, Problem
 from triton_attention.testing.dropout import next_dropout_mask
 
@@ -47,7 +48,7 @@ def rounded_attention(inputs: Inputs, problem: Problem, first_batch: int = 0) ->
     kept = torch.ones((), device=q.device)
     if problem.dropout_p > 0:
         mask = next_dropout_mask(inputs.q, inputs.k, problem.dropout_p, first_batch)
-        kept = mask / (1 - problem.dropout_p)
+        kept = mask * kept_factor(problem.dropout_p)
     sink = scores.new_full((1,), -math.inf) if inputs.sink is None else inputs.sink.float()
     return cast("tuple[Tensor, Tensor]", _Softmax.apply(scores, v, sink, kept, problem.dtype))  # type: ignore[no-untyped-call]
 

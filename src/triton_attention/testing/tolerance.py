@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_attention import reference
+from triton_attention.philox import kept_factor
 from triton_attention.problem import Inputs, Problem
 from triton_attention.testing.dropout import next_dropout_mask
 from triton_attention.testing.rounding import rounded_attention
@@ -158,7 +159,7 @@ def same_dtype_attention(inputs: Inputs, problem: Problem, first_batch: int = 0)
     if problem.dropout_p > 0.0:
         kept = next_dropout_mask(q, inputs.k, problem.dropout_p, first_batch)
         kept = torch.nn.functional.pad(kept, (0, weights.shape[-1] - kept.shape[-1]))  # the sink's value is 0
-        weights = weights.masked_fill(~kept, 0.0) / (1.0 - problem.dropout_p)
+        weights = weights.masked_fill(~kept, 0.0) * kept_factor(problem.dropout_p)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 

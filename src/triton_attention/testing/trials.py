@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_attention.philox import kept_factor
 from triton_attention.problem import Inputs, Mask, Problem
 from triton_attention.testing.cases import BIAS_PATTERNS
 from triton_attention.testing.guards import GUARD_BYTES, POISON
@@ -91,7 +92,7 @@ class Trial(NamedTuple):
             return 1.0
         q, k, v, _ = self.magnitudes
         scale = 1 / math.sqrt(self.head_dim) if self.softmax_scale is None else abs(self.softmax_scale)
-        dscores = v * math.sqrt(self.head_dim_v) / (1 - self.dropout_p) + 1
+        dscores = v * math.sqrt(self.head_dim_v) * kept_factor(self.dropout_p) + 1
         summed = math.sqrt(self.sizes.batch * self.sizes.heads_q * self.sizes.seqlen_q)
         return min(1.0, _LARGEST_GRADIENT / (4 * dscores * max(1.0, scale * k, scale * q) * summed))
 
@@ -129,7 +130,7 @@ def draw(seed: int, largest_scores: int = LARGEST_SCORES) -> Trial:
     magnitudes = tuple(10 ** draw.uniform(-4, 4) if draw.random() < 0.3 else 1.0 for _ in range(4))
     q, k, v, added = magnitudes
     dropout_p = draw.choice([0.05, 0.5, 0.9]) if dropout else 0.0
-    v = min(v, 1e4 * (1 - dropout_p))  # what is kept grows, and float16 ends at 65,504
+    v = min(v, 1e4 / kept_factor(dropout_p))  # what is kept grows, and float16 ends at 65,504
     scale = None if draw.random() < 0.6 and sign == 1 else draw.choice([0.01, 0.2, 1.0, 3.0])
     logits = q * k * math.sqrt(head_dim)
     largest = _LARGEST_LOGIT if draw.random() < 0.3 else 30.0
