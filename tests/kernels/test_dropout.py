@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_attention import attention, ops
-from triton_attention.hopper.dropout import kept_bytes, philox_words, row_sixteens_layout, sixteens_layout
+from triton_attention.hopper.dropout import philox_words, row_sixteens_layout, sixteens_layout
 from triton_attention.philox import philox_4x32
 from triton_attention.portable import configs
 from triton_attention.portable.configs import Tile
@@ -19,7 +19,6 @@ RATE = 0.4
 HEADS_Q, HEADS_KV = 4, 2
 
 jit_philox_words = triton.jit(philox_words)
-jit_kept_bytes = triton.jit(kept_bytes)
 
 
 def run(q, k, v, dropout_p=RATE):
@@ -104,20 +103,6 @@ def test_the_words_of_hopper_are_those_of_the_reference(seed):
         (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32 & 0xFFFFFFFF)),
     )
     assert torch.equal(words, torch.stack(expected))
-
-
-@triton.jit
-def hopper_kept_bytes(words, drop_below):
-    place = words + tl.arange(0, 16)
-    tl.store(place, jit_kept_bytes(tl.load(place).to(tl.uint32), drop_below.to(tl.uint32)).to(tl.int64))
-
-
-@pytest.mark.parametrize("drop_below", [1, 127, 128, 129, 255])
-def test_the_bytes_that_hopper_keeps(drop_below):
-    words = torch.randint(2**32, (16,))
-    bytes_of_words = words[:, None] >> torch.arange(0, 32, 8) & 0xFF
-    hopper_kept_bytes[(1,)](words, drop_below)
-    assert torch.equal(words, ((bytes_of_words >= drop_below).long() << torch.arange(7, 32, 8)).sum(1))
 
 
 @pytest.mark.parametrize(("columns", "transposed"), [(32, False), (64, False), (128, False), (64, True), (128, True)])

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gluon_as_python import as_python
+from triton._C.libtriton import gluon_ir, ir
 
 from triton_attention.hopper.dropout import draw, drop, kept_bytes, no_bits, spread
+from triton_attention.hopper.layouts import accumulator_layout
 from triton_attention.philox import drop_below, dropout_mask, philox_4x32
 
 RATE = 0.3
@@ -46,7 +48,8 @@ def masked_pairs(tile, masks):
 
 INSTEAD = {
     "_philox_words": words,
-    "_kept_bytes": kept_bytes,
+    "majority": lambda a, b, c: a & b | a & c | b & c,
+    "merged": lambda first, second, bits: first & bits | second & ~bits,
     "opaque_zero": lambda: 0,
     "pair_mask": signs_of_bytes,
     "masked_pairs": masked_pairs,
@@ -54,7 +57,9 @@ INSTEAD = {
     "axes_layout": lambda shape, lanes: None,
     "words_of": lambda columns: max(columns // 64, 1),
 }
-DRAW, DROP, NO_BITS, SPREAD = (as_python(function, LANGUAGE, INSTEAD) for function in (draw, drop, no_bits, spread))
+DRAW, DROP, KEPT_BYTES, NO_BITS, SPREAD = (
+    as_python(function, LANGUAGE, INSTEAD) for function in (draw, drop, kept_bytes, no_bits, spread)
+)
 
 
 def drawn(tile, dropout_p, columns, transposed):
@@ -89,6 +94,16 @@ def test_pairs_of_numbers_lose_the_same(columns):
     assert not DROP(ones, NO_BITS(SPEC, columns), SPEC).any()
 
 
+@pytest.mark.parametrize("columns", [32, 64, 128])
+def test_a_thread_has_pairs_of_neighbouring_columns(columns):
+    """An instruction takes two numbers that a thread has one after the other."""
+    context = ir.context()
+    ir.load_dialects(context)
+    builder = gluon_ir.GluonOpBuilder(context)
+    layout = builder.to_linear_layout(accumulator_layout(columns)._to_ir(builder), [64, columns])
+    assert layout.reg_bases[0] == [0, 1]
+
+
 @pytest.mark.parametrize("drop_below", range(1, 256))
 def test_four_bytes_are_compared_at_once(drop_below):
     """Every byte at every place, beside bytes from which most and least is carried."""
@@ -96,7 +111,6 @@ def test_four_bytes_are_compared_at_once(drop_below):
     for place in range(4):
         for others in (0, 0xFFFFFFFF):
             word = others & ~(0xFF << 8 * place) | byte << 8 * place
-            kept = kept_bytes(word, drop_below)
-            assert not (kept & ~0x80808080).any()
+            kept = KEPT_BYTES(word, drop_below)
             for other in range(4):
                 assert torch.equal(kept >> 8 * other + 7 & 1 == 1, (word >> 8 * other & 0xFF) >= drop_below)

@@ -49,19 +49,26 @@ class Tile:
     SKIPS: bool  # a consumer leaves out blocks whose keys its own 64 queries do not see; wants 3 stages
     REGISTERS: int  # of a consumer's thread
     maxnreg: int  # of any thread, before the producer gives its own away
+    BITS_STAGES: int = 0  # blocks in shared memory of what a drawer draws for dropout; 0: the consumers draw
+    DRAWER_REGISTERS: int = 0
     num_warps: int = 4  # of a consumer
 
 
 # 65,536 registers, shared by a producer of 24 a thread and as many consumers, in steps of 8.
 _REGISTERS = {2: (240, 168), 3: (160, 128), 4: (112, 96)}
+_REGISTERS_BESIDE_DRAWER = (216, 128, 56)  # of two consumers, of all at first, and of the drawer's four warps
 
 
 def tile(
     consumers: int, block_n: int, stages: int, *, q_stages: int = 2, bias_stages: int = 2, bias_stays: bool = False,
-    skips: bool = False,
+    skips: bool = False, bits_stages: int = 0,
 ) -> Tile:  # fmt: skip
     """A tile, with the registers that its number of consumers leaves to each."""
-    return Tile(consumers, block_n, stages, q_stages, bias_stages, bias_stays, skips, *_REGISTERS[consumers])
+    shape = (consumers, block_n, stages, q_stages, bias_stages, bias_stays, skips)
+    if bits_stages == 0:
+        return Tile(*shape, *_REGISTERS[consumers])
+    registers, maxnreg, drawer_registers = _REGISTERS_BESIDE_DRAWER
+    return Tile(*shape, registers, maxnreg, bits_stages, drawer_registers)
 
 
 class Row(NamedTuple):
@@ -79,7 +86,8 @@ class Row(NamedTuple):
 
 # H100 80GB HBM3, Triton 3.6.0, bf16. Each comment has TFLOP/s; without a bias at batch * seqlen 16k, heads * d 2048.
 ROWS = (
-    Row(64, tile(3, 64, 4), bias_size=0, dropout=True),  # not timed; other tiles for this head dim spill registers
+    Row(64, tile(2, 128, 3, bits_stages=2), bias_size=0, dropout=True),  # not timed; 3 x 64: 29% more instructions
+    Row(128, tile(2, 128, 2, bits_stages=1), bias_size=0, columns=False, dropout=True),  # not timed
     Row(64, tile(4, 64, 4), bias_size=0, columns=True),  # vector bias, s 2k: 370; 2 x 128: 351
     Row(64, tile(3, 128, 2), bias_size=0, banded=False, seqlen_k=range(2048, 2**31)),  # s 4k, 16k: 505, 554
     Row(64, tile(4, 64, 4), bias_size=0, banded=False),  # s 512, 1k, 4k: 358, 447, 458; 3 x 128: 323, 419, 505

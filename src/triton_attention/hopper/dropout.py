@@ -9,8 +9,10 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_attention import philox
+from triton_attention.hopper.channel import Channel, new_barriers, release, wait_empty, wait_full
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.softmax import opaque_zero
 
@@ -94,86 +96,104 @@ def philox_words(c0, c1, c2, c3, seed):
 _philox_words = gluon.jit(philox_words)
 
 
+@gluon.jit
+def majority(first, second, third):
+    """Of each bit of three words, in one instruction, which the compiler would take apart where it knows some bits."""
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xe8;", "=r,r,r,r", [first, second, third], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def kept_bytes(words, drop_below):
-    """The highest bit of each byte of `words`: 1 where the byte is not below `drop_below`, which is in [1, 255].
+    """The highest bit of each byte says whether that of `words` is not below `drop_below`, which is in [1, 255].
 
     Bytes without their highest bit, h, plus -drop_below mod 128 are less than 256, so that nothing is carried from
     byte to byte, and the highest bit of the sum, s, compares them with drop_below mod 128, or with 128 in place of 0. A
     byte is kept if h or s where drop_below <= 128, if h and s where it is more: that is the majority of h, s and a
-    third bit.
+    third bit. The other bits say nothing.
     """
     addend = (0 - drop_below & 0x7F) * 0x01010101
     either = (drop_below - 129 >> 31 & 1) * 0x80808080
-    sums = (words & 0x7F7F7F7F) + addend
-    return (words & sums | words & either | sums & either) & 0x80808080
-
-
-_kept_bytes = gluon.jit(kept_bytes)
+    return majority(words, (words & 0x7F7F7F7F) + addend, either)
 
 
 @gluon.jit
-def folded(words, PLACES: gl.constexpr):
-    """Without the last axis, which has two words: the bits of the second so many places below those of the first."""
+def merged(first, second, BITS: gl.constexpr):
+    """These BITS of the first, and the others of the second; in one instruction, as `majority`."""
+    bits = gl.to_tensor(BITS).to(gl.uint32)
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xe4;", "=r,r,r,r", [first, second, bits], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def folded(words, PLACES: gl.constexpr, BITS: gl.constexpr):
+    """Without the last axis, which has two words: the BITS of the first, and so many places below them the second's."""
     first, second = gl.split(words)
-    return first | second >> PLACES
+    return merged(first, second >> PLACES, BITS)
 
 
 @gluon.jit
-def exchanged(words, ORDER: gl.constexpr, LANES: gl.constexpr, PLACES: gl.constexpr):
+def exchanged(words, ORDER: gl.constexpr, LANES: gl.constexpr, PLACES: gl.constexpr, BITS: gl.constexpr):
     """With the axes in another order, and folded: threads send each other half of what they have, so that each has both
     words of the last axis. One bit of their number changes its axis; where two did, Triton would not shuffle."""
     words = words.permute(ORDER)
-    return folded(gl.convert_layout(words, axes_layout(words.shape, LANES)), PLACES)
+    return folded(gl.convert_layout(words, axes_layout(words.shape, LANES)), PLACES, BITS)
 
 
 @gluon.jit
-def draw(seed, matrix, start_m, start_n, call, SPEC: gl.constexpr, COLUMNS: gl.constexpr, TRANSPOSED: gl.constexpr):
+def draw(
+    seed, matrix, start_m, start_n, call, SPEC: gl.constexpr, COLUMNS: gl.constexpr, TRANSPOSED: gl.constexpr,
+    SPARING: gl.constexpr = True,
+):  # fmt: skip
     """What dropout keeps of a (64, COLUMNS) tile of weights, (queries, keys) or if TRANSPOSED (keys, queries).
 
     Each thread's words, (4, 8, 4, COLUMNS / 64), in which a weight that is kept has a 1. `matrix` is the number of a
-    query head among those of all batch entries, and start_n a multiple of 16.
+    query head among those of all batch entries, and start_n a multiple of 16. If SPARING, what is common to tiles is
+    made anew for each, with a zero that the compiler does not know, and waits in no register.
     """
     if SPEC.DROPOUT:
         W: gl.constexpr = words_of(COLUMNS)
-        # What is made with a zero that the compiler does not know is made anew for each tile, and waits in no register.
+        zero = opaque_zero() if SPARING else gl.to_tensor(0)
         if TRANSPOSED:
             LAYOUT: gl.constexpr = row_sixteens_layout(COLUMNS)
-            rows = gl.arange(0, WARPS, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
+            rows = gl.arange(0, WARPS, layout=gl.SliceLayout(1, LAYOUT)) + zero
             columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
             sixteens = (start_n // 16 + rows).to(gl.uint32)[:, None]
             queries = (start_m + columns).to(gl.uint32)[None, :]
         else:
             LAYOUT: gl.constexpr = sixteens_layout(COLUMNS)
-            rows = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT)) + opaque_zero()
+            rows = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT)) + zero
             columns = gl.arange(0, COLUMNS // 16, layout=gl.SliceLayout(0, LAYOUT))
             sixteens = (start_n // 16 + columns).to(gl.uint32)[None, :]
             queries = (start_m + rows).to(gl.uint32)[:, None]
         number = gl.to_tensor(matrix).to(gl.uint32)
-        zero = gl.to_tensor(0).to(gl.uint32)
-        first, second, third, fourth = _philox_words(sixteens, queries, number, zero, seed + opaque_zero())
+        last = gl.to_tensor(0).to(gl.uint32)
+        first, second, third, fourth = _philox_words(sixteens, queries, number, last, seed + zero)
         drop_below = call.extras.drop_below
-        first, second = _kept_bytes(first, drop_below), _kept_bytes(second, drop_below)
-        third, fourth = _kept_bytes(third, drop_below), _kept_bytes(fourth, drop_below)
+        first, second = kept_bytes(first, drop_below), kept_bytes(second, drop_below)
+        third, fourth = kept_bytes(third, drop_below), kept_bytes(fourth, drop_below)
         words = gl.join(gl.join(first, third), gl.join(second, fourth))
         # From here on each axis is one bit of a number, but for the first, the warps, and W.
         if TRANSPOSED:
+            words = words.reshape([WARPS, W, 2, 2, 2, 2, 2, 2, 2, 2])  # columns of an eight: the axes 5, 6, 7
+            words = folded(words.permute((0, 1, 2, 3, 4, 5, 6, 8, 9, 7)), 1, 0x80808080)
             # Of a word, the thread of the keys 2 t and 2 t + 8 has the bytes 0 and 2, its neighbour 1 and 3.
-            words = gl.join(words << 8 & 0x80008000, words & 0x80008000)
-            words = words.reshape([WARPS, W, 2, 2, 2, 2, 2, 2, 2, 2, 2])  # columns of an eight: the axes 5, 6, 7
-            words = folded(words.permute((0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 7)), 1)
-            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 8, 9, 2), (5, 4, 3, 2, 6), 8)
-            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 8, 2), (4, 3, 2, 6, 5), 4)
-            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 2), (3, 2, 6, 5, 4), 2)
+            words = gl.join(words << 8, words)
+            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 8, 9, 2), (5, 4, 3, 2, 6), 8, 0xC000C000)
+            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 8, 2), (4, 3, 2, 6, 5), 4, 0xC0C0C0C0)
+            words = exchanged(words, (0, 1, 3, 4, 5, 6, 7, 2), (3, 2, 6, 5, 4), 2, 0xCCCCCCCC)
             bits = words.permute((0, 4, 5, 6, 2, 3, 1))
         else:
             if COLUMNS == 32:
                 words = words.reshape([WARPS, 2, 2, 2, 2, W, 2, 2, 2])  # rows of a sixteen: the axes 1 to 4
-                words = exchanged(words, (0, 2, 3, 4, 5, 6, 7, 8, 1), (5, 6, 3, 2, 1), 1)
+                words = exchanged(words, (0, 2, 3, 4, 5, 6, 7, 8, 1), (5, 6, 3, 2, 1), 1, 0x80808080)
             else:
                 words = words.reshape([WARPS, 2, 2, 2, 2, W, 2, 2, 2, 2])
-                words = folded(words.permute((0, 2, 3, 4, 5, 6, 7, 8, 9, 1)), 1)
-                words = exchanged(words, (0, 1, 2, 3, 4, 6, 7, 8, 5), (5, 6, 3, 2, 1), 4)
-            words = exchanged(words, (0, 1, 2, 3, 4, 6, 7, 5), (6, 5, 3, 2, 1), 2)
+                words = folded(words.permute((0, 2, 3, 4, 5, 6, 7, 8, 9, 1)), 1, 0x80808080)
+                words = exchanged(words, (0, 1, 2, 3, 4, 6, 7, 8, 5), (5, 6, 3, 2, 1), 4, 0xC0C0C0C0)
+            words = exchanged(words, (0, 1, 2, 3, 4, 6, 7, 5), (6, 5, 3, 2, 1), 2, 0xCCCCCCCC)
             bits = words.permute((0, 1, 2, 3, 5, 6, 4))
         bits = gl.convert_layout(bits.reshape([WARPS, 8, 4, W]), owners_layout(W))
     else:
@@ -190,6 +210,44 @@ def no_bits(SPEC: gl.constexpr, COLUMNS: gl.constexpr):
     else:
         bits = 0
     return bits
+
+
+@gluon.constexpr_function
+def threads_layout(words):
+    """A (128, words) tile, in shared memory a row for each thread of a warpgroup."""
+    registers = [[0, 1 << bit] for bit in range(words.bit_length() - 1)]
+    lanes = [[1 << bit, 0] for bit in range(5)]
+    return gl.DistributedLinearLayout(registers, lanes, [[32, 0], [64, 0]], [], [128, words])
+
+
+@gluon.jit
+def new_bits(SLOTS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A channel for what is drawn of (64, COLUMNS) tiles, each for one reader."""
+    W: gl.constexpr = words_of(COLUMNS)
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    tiles = gl.allocate_shared_memory(gl.uint32, [SLOTS, WARPS * 32, W], LAYOUT)
+    return Channel(tiles, 0, new_barriers(SLOTS, 1), new_barriers(SLOTS, 1))
+
+
+@gluon.jit
+def send_bits(channel, message, bits):
+    """Of a tile; a message is what elsewhere is a step."""
+    SLOTS: gl.constexpr = channel.full.shape[0]
+    W: gl.constexpr = bits.shape[3]
+    bits = gl.convert_layout(bits.reshape([WARPS * 32, W]), threads_layout(W))
+    wait_empty(channel, message)
+    channel.tiles.index(message % SLOTS).store(bits)
+    mbarrier.arrive(channel.full.index(message % SLOTS), count=1)
+
+
+@gluon.jit
+def receive_bits(channel, message):
+    SLOTS: gl.constexpr = channel.full.shape[0]
+    W: gl.constexpr = channel.tiles.shape[2]
+    wait_full(channel, message)
+    bits = channel.tiles.index(message % SLOTS).load(threads_layout(W))
+    release(channel, message)
+    return gl.convert_layout(bits.reshape([WARPS, 8, 4, W]), owners_layout(W))
 
 
 @gluon.jit

@@ -1,9 +1,10 @@
 """The forward kernel: softmax(scores) v and the log-sum-exp, in one pass over the keys.
 
-A program is a producer warp, which copies tiles of q, k, v and the bias into shared memory, and two to four consumer
-warpgroups of 64 queries each. It is persistent: while the consumers finish one tile, the producer fetches the next.
-Within a consumer two matrix products are under way together: q k^T of a block of keys, and the weights of the block
-before with v, which the softmax of the new block hides. At the end of a tile the new block is the next tile's first.
+A program is a producer warp, which copies tiles of q, k, v and the bias into shared memory, two to four consumer
+warpgroups of 64 queries each, and for dropout a drawer, a warpgroup that decides ahead of them what is kept. It is
+persistent: while the consumers finish one tile, the producer fetches the next. Within a consumer two matrix products
+are under way together: q k^T of a block of keys, and the weights of the block before with v, which the softmax of the
+new block hides. At the end of a tile the new block is the next tile's first.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from triton_attention._compat import copy_to_global
 from triton_attention.hopper.bias import load_bias, load_row_bias
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.correction import correct
-from triton_attention.hopper.dropout import draw, drop, no_bits
-from triton_attention.hopper.heads import load_sink, query_head
+from triton_attention.hopper.dropout import draw, drop, new_bits, no_bits, receive_bits, send_bits
+from triton_attention.hopper.heads import load_seed, load_sink, query_head
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -60,13 +61,14 @@ class Operands(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """What the producer sends."""
+    """What the producer sends, and a drawer."""
 
     q: object
     k: object
     v: object
     bias: object
     ticker: object
+    bits: object  # from a drawer; 0 where there is none
 
 
 class Results(NamedTuple):
@@ -137,6 +139,37 @@ def produce(channels, operands, counter, call, SPEC: gl.constexpr, TILE: gl.cons
         slab_changes = following.head != work.head or following.start_m != work.start_m
         work = following
         i += 1
+
+
+@gluon.jit
+def draw_ahead(channels, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The drawer, a warpgroup: what dropout keeps of the blocks of keys of one tile after the other, the last block
+    first, for each consumer. Those that a consumer lets pass too, so that both sides count alike."""
+    CONSUMERS: gl.constexpr = TILE.CONSUMERS
+    i = 0
+    message = 0
+    seed = load_seed(call, SPEC)
+    work = hear(channels.ticker, 0, SPEC, TILE, 0)
+    while work.tile_last > 0:
+        number = work.batch * call.heads_q + work.head
+        for n in range(work.tile_last - 1, work.first - 1, -1):
+            for consumer in gl.static_range(CONSUMERS):
+                start_m = work.start_m + consumer * WARPGROUP_ROWS
+                bits = draw(seed, number, start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False, False)
+                send_bits(channels.bits, message + consumer, bits)
+            message += CONSUMERS
+        i += 1
+        work = hear(channels.ticker, i, SPEC, TILE, 0)
+
+
+@gluon.jit
+def kept_bits(channels, head, start_m, step, n, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
+    """What dropout keeps of block n of the keys, from the drawer or drawn here."""
+    if TILE.BITS_STAGES > 0:
+        bits = receive_bits(channels.bits, step * TILE.CONSUMERS + INDEX)
+    else:
+        bits = draw(head.seed, head.number, start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False)
+    return bits
 
 
 @gluon.jit
@@ -257,7 +290,7 @@ def visit(
     scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
     output = multiply_values(channels, operand, output, step - 1, SPEC)
     values = load_bias(channels.bias, row_bias, step, kept_end - n, SPEC, TILE, INDEX)
-    bits = draw(head.seed, head.number, output.start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False)
+    bits = kept_bits(channels, head, output.start_m, step, n, call, SPEC, TILE, INDEX)
     scores = warpgroup_mma_wait(2 if SPEC.TAIL_DV > 0 else 1, deps=[scores])
     release(channels.k, step)
     scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
@@ -270,13 +303,15 @@ def visit(
 
 
 @gluon.jit
-def skip(channels, step, SPEC: gl.constexpr, TILE: gl.constexpr):
+def skip(channels, step, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
     """Let a block of keys pass that only other consumers need."""
     wait_full(channels.k, step)
     release(channels.k, step)
     if SPEC.BIAS_COLS and not TILE.BIAS_STAYS:
         wait_full(channels.bias, step)
         release(channels.bias, step)
+    if TILE.BITS_STAGES > 0:
+        receive_bits(channels.bits, step * TILE.CONSUMERS + INDEX)
     wait_full(channels.v, step)
     release(channels.v, step)
 
@@ -297,7 +332,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         pending = max(step - 1, 0)
         if SPEC.HAS_UPPER:
             for _ in range(work.last, work.tile_last):
-                skip(channels, step, SPEC, TILE)
+                skip(channels, step, SPEC, TILE, INDEX)
                 step += 1
         operand = as_operand(weights, bits, channels, SPEC)
         wait_full(channels.q, i)
@@ -322,7 +357,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         if n >= work.full_last or n < work.full_first:
             scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
         rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale, SPEC)
-        bits = draw(head.seed, head.number, output.start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False)
+        bits = kept_bits(channels, head, output.start_m, step, n, call, SPEC, TILE, INDEX)
         step += 1
 
         if SPEC.HAS_UPPER:
@@ -390,14 +425,30 @@ def attention_fwd(
         results = Results(new_tiles(out, TILE.CONSUMERS), 0)
     else:
         results = Results(new_tiles(out, TILE.CONSUMERS), new_tiles(out_tail, TILE.CONSUMERS))
-    channels = Channels(q_channel, k_channel, v_channel, bias_channel, new_ticker(SPEC, TILE))
+    if TILE.BITS_STAGES > 0:
+        bits_channel = new_bits(TILE.BITS_STAGES * TILE.CONSUMERS, TILE.BLOCK_N)
+    else:
+        bits_channel = 0
+    channels = Channels(q_channel, k_channel, v_channel, bias_channel, new_ticker(SPEC, TILE), bits_channel)
     fence_async_shared()
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     C2: gl.constexpr = 2
     C3: gl.constexpr = 3
     REGISTERS: gl.constexpr = TILE.REGISTERS
-    if TILE.CONSUMERS == 2:
+    if TILE.BITS_STAGES > 0:
+        gl.static_assert(TILE.CONSUMERS == 2, "a drawer leaves registers for two consumers")
+        gl.warp_specialize(
+            [
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C0)),
+                (consume, (channels, operands, lse, results, call, SPEC, TILE, C1)),
+                (draw_ahead, (channels, call, SPEC, TILE)),
+                (produce, (channels, operands, counter, call, SPEC, TILE)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, TILE.DRAWER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif TILE.CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (channels, operands, lse, results, call, SPEC, TILE, C0)),

@@ -266,7 +266,8 @@ def new_ticker(SPEC: gl.constexpr, TILE: gl.constexpr):
     FIELDS: gl.constexpr = 16 if SPEC.VARLEN else 8
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     tiles = gl.allocate_shared_memory(gl.int32, [2 * TILE.CONSUMERS, FIELDS], LAYOUT)
-    return Channel(tiles, 0, new_barriers(2, 1), new_barriers(2, TILE.CONSUMERS))
+    LISTENERS: gl.constexpr = TILE.CONSUMERS + (1 if TILE.BITS_STAGES > 0 else 0)
+    return Channel(tiles, 0, new_barriers(2, 1), new_barriers(2, LISTENERS))
 
 
 @gluon.jit
@@ -330,7 +331,7 @@ def key_range(start_m, ROWS: gl.constexpr, limits, SPEC: gl.constexpr, TILE: gl.
 
 @gluon.jit
 def hear(ticker, i, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
-    """Consumer: the i-th tile."""
+    """Consumer, or a drawer with one's INDEX: the i-th tile."""
     slot = i % 2
     mbarrier.wait(ticker.full.index(slot), i // 2 & 1)
     LAYOUT: gl.constexpr = gl.BlockedLayout([ticker.tiles.shape[1]], [32], [4], [0])
