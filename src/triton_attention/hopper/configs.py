@@ -50,7 +50,7 @@ class Tile:
     REGISTERS: int  # of a consumer's thread
     maxnreg: int  # of any thread, before the producer gives its own away
     BITS_STAGES: int = 0  # blocks in shared memory of what a drawer draws for dropout; 0: the consumers draw
-    DRAWER_REGISTERS: int = 0
+    DRAWER_REGISTERS: int = 0  # of a thread of it
     num_warps: int = 4  # of a consumer
 
 
