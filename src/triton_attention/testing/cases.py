@@ -116,7 +116,7 @@ def _features(
         alibi=(None, "h", "bh"),
         softcap=(0.0, 3.0),
         sink=(False, True),
-        dropout_p=(0.0, 0.5),  # doubles what is kept, exactly: of one key, gradients that are 0 in truth are 0
+        dropout_p=(0.0, 0.3),
         heads=((2, None), (4, 2)),
         dtype=dtypes,
     ):
