@@ -69,7 +69,7 @@ class _Softmax(torch.autograd.Function):
         total = weights.sum(dim=-1) + torch.exp(sink - shift)
         empty = total == 0
         lse = (shift + torch.log(total)).masked_fill(empty, -math.inf)
-        out = (_rounded(weights * kept, dtype) @ v) / total.masked_fill(empty, 1.0)[..., None]
+        out = ((_rounded(weights, dtype) * kept) @ v) / total.masked_fill(empty, 1.0)[..., None]
         out = out.to(dtype)
         ctx.save_for_backward(scores, v, sink, kept, out, lse)
         return out.transpose(1, 2), lse
@@ -83,7 +83,7 @@ class _Softmax(torch.autograd.Function):
         weights = torch.exp(scores - lse[..., None])
         dweights = dout.float() @ v.mT
         dscores = weights * (dweights * kept - delta[..., None])
-        dv = _rounded(weights * kept, out.dtype).mT @ dout.float()
+        dv = (_rounded(weights, out.dtype) * kept).mT @ dout.float()
         dsink = (-torch.exp(sink - lse) * delta).sum(dim=(0, 2)).sum_to_size(sink.shape[:1])
         return dscores, dv, dsink, None, None
 
