@@ -253,8 +253,10 @@ def read_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[
 def has_aligned_strides(tensor: Tensor) -> bool:
     """Whether every row of a tensor of four axes starts at a multiple of 16 bytes if the first one does.
 
-    Written out, since every eager call asks. The stride of an axis of size 1 leads nowhere.
+    Written out, since every eager call asks. The stride of an axis of size 1 leads nowhere; an empty tensor has no row.
     """
+    if tensor.numel() == 0:
+        return True
     size = tensor.element_size()
     multiple, limit = 16 // size, _DESCRIPTOR_REACH // size
     shape, strides = tensor.shape, tensor.stride()
