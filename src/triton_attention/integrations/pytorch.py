@@ -96,9 +96,7 @@ def flash_attention_forward(
         )
     inputs, problem = _described(query, key, value, is_causal, scale)
     out, lse = dispatch.select(problem).run(inputs, problem)
-    like_query = torch.empty_like(query)  # as PyTorch promises its compiler
-    out = out.transpose(1, 2)
-    out = out if out.stride() == like_query.stride() else like_query.copy_(out)
+    out = _laid_out_as(query, out.transpose(1, 2))
     seed = query.new_zeros(2, dtype=torch.uint64)
     offset = query.new_zeros((), dtype=torch.uint64)
     return out, lse, None, None, query.shape[2], key.shape[2], seed, offset, query.new_empty(0)
@@ -140,7 +138,17 @@ def flash_attention_backward(
     }
     # What else the operator takes is None: SDPA's call has no gradient of the log-sum-exp, for instance.
     dq, dk, dv, *_ = operator(**{argument.name: call.get(argument.name) for argument in operator._schema.arguments})
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return (
+        _laid_out_as(query, dq.transpose(1, 2)),
+        _laid_out_as(key, dk.transpose(1, 2)),
+        _laid_out_as(value, dv.transpose(1, 2)),
+    )
+
+
+def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the strides that `empty_like` gives to the model's: PyTorch promises them its compiler."""
+    expected = torch.empty_like(model)
+    return tensor if tensor.stride() == expected.stride() else expected.copy_(tensor)
 
 
 def _described(
@@ -154,6 +162,6 @@ def _described(
         softmax_scale=scale,
         softcap=0.0,
         dropout_p=0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=False,  # the operator asks PyTorch itself
     )
     return inputs, problem
