@@ -178,7 +178,8 @@ def test_each_device_computes_the_same(backend):
 @each_backend
 def test_threads_on_two_devices(backend):
     torch.use_deterministic_algorithms(False)
-    tensors = [[x.detach().to(f"cuda:{index}").requires_grad_() for x in leaves()] for index in range(2)]
+    # Of rows of 16 bytes and multiples, which are as wide on the other device.
+    tensors = [[x.detach().to(f"cuda:{index}").requires_grad_() for x in leaves(304)] for index in range(2)]
     expected = results(tensors[0], backend)
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda index: [results(tensors[index], backend) for _ in range(50)], range(2)))
