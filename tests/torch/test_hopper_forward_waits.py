@@ -187,15 +187,15 @@ def run(launch, tile, program, programs, counter, random):
         "draw": lambda seed, matrix, start_m, start_n, *_: Bits(matrix, start_m, start_n),
         "mask_scores": lambda scores, *_: scores,
         "mbarrier": mbarrier,
-        "place_in_section": lambda tile, blocks, matrices, size: (
-            place_in_section(tile, blocks, matrices, size) if tile < blocks * matrices else (0, 0)  # a GPU divides by 0
+        "place_in_section": lambda tile, blocks, *sizes: (
+            place_in_section(tile, blocks, *sizes) if tile < blocks * sizes[0] else (0, 0)  # a GPU divides by 0
         ),
         "number": lambda fields, field: int(fields[field]),
         "query_head": lambda work, call, spec: SimpleNamespace(
             limits=None, seed=None, number=work.batch * call.heads_q + work.head
         ),
         "scale_scores": lambda scores, *_: (scores, None),
-        "scaled": lambda output, *_: output,
+        "corrected": lambda output, *_: output,
         "tma": SimpleNamespace(store_wait=nothing),
         "warpgroup_mma": multiplied(products),
         "warpgroup_mma_wait": lambda count, deps: deps[0],
