@@ -12,7 +12,7 @@ SPEC.loader.exec_module(sanitize)
 
 FORWARD = (sanitize.KERNELS / "forward.py").read_text().split("\n")
 HEAD = FORWARD.index("def attention_fwd(") + 1
-IF = FORWARD.index("    if TILE.CONSUMERS == 2:", HEAD) + 1  # what Triton takes for the line of the calls
+IF = FORWARD.index("    elif TILE.CONSUMERS == 2:", HEAD) + 1  # what Triton takes for the line of the calls
 CALL = FORWARD.index("        gl.warp_specialize(", HEAD) + 1
 CONSUME = next(line for line, text in enumerate(FORWARD, 1) if text.startswith("def consume("))
 
@@ -28,6 +28,13 @@ SUMMARY = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, {} warn
 def test_hand_overs_are_counted_apart(line):
     output = HAZARD.format(HEAD, HEAD, f"/src/triton_attention/hopper/forward.py:{line}") * 2 + SUMMARY.format(2, 2, 0)
     assert (sanitize.count_summaries(output), sanitize.count_hand_overs(output)) == (0, 2)
+
+
+def test_what_warpgroups_hand_each_other_is_counted_apart():
+    dropout = (sanitize.KERNELS / "dropout.py").read_text().split("\n")
+    store, load = (next(n for n, text in enumerate(dropout, 1) if word in text) for word in (").store(", ").load("))
+    output = HAZARD.replace("forward.py", "dropout.py").format(load, store, f"dropout.py:{store}")
+    assert sanitize.count_hand_overs(output + SUMMARY.format(1, 1, 0)) == 1
 
 
 @pytest.mark.parametrize("place", [f"forward.py:{CONSUME}", f"channel.py:{HEAD}", "<unknown>"])
