@@ -463,6 +463,15 @@ def test_a_softcap_and_the_factor_before_it_are_float32_numbers(softcap):
     assert scale * cap == pytest.approx(-0.1)
 
 
+@pytest.mark.parametrize(("softmax_scale", "raw"), [(0.1, True), (1e-9, False), (0.0, False), (-0.1, False)])
+def test_slopes_are_divided_by_the_scale_where_that_is_no_tiny_number(softmax_scale, raw):
+    q, k, v, _ = tensors(64, None)
+    slopes = torch.ones(q.shape[2])
+    plan = launch.plan_forward(q, k, v, None, CAUSAL, softmax_scale, SMS, Extras(alibi_slopes=slopes))
+    assert plan.launch.spec.RAW_SCORES is raw
+    assert plan.launch.arguments[-1].value.scale == pytest.approx(softmax_scale * (math.log2(math.e) if raw else 1.0))
+
+
 def backward(
     q, k, v, bias, *, dlse=None, mask=CAUSAL, needs_dbias=False, extras=NO_EXTRAS, deterministic=False, known=None
 ):
