@@ -52,7 +52,8 @@ def dropout_mask(
     def positions(size: int) -> Tensor:
         return torch.arange(size, dtype=torch.int64, device=seed.device)
 
-    key_blocks = positions((seqlen_k + 15) // 16)
+    # One more than there are: of a single one torch.compile would make a graph for up to sixteen keys alone.
+    key_blocks = positions((seqlen_k + 31) // 16)
     queries = positions(seqlen_q)[:, None]
     batch_heads = (first_batch * heads + positions(batch * heads))[:, None, None]
     words = philox_4x32(
