@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_attention import philox
-from triton_attention.hopper.channel import Channel, new_barriers, release, wait_empty, wait_full
+from triton_attention.hopper.channel import Channel, hand_over, new_barriers, release, wait_empty, wait_full
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.softmax import opaque_zero
 
@@ -237,7 +236,7 @@ def send_bits(channel, message, bits):
     bits = gl.convert_layout(bits.reshape([WARPS * 32, W]), threads_layout(W))
     wait_empty(channel, message)
     channel.tiles.index(message % SLOTS).store(bits)
-    mbarrier.arrive(channel.full.index(message % SLOTS), count=1)
+    hand_over(channel, message)
 
 
 @gluon.jit
