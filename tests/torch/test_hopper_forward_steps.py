@@ -70,7 +70,7 @@ def steps_of(work, spec, tile, call):
         steps.append((first[0], start_n // tile.BLOCK_N, False))
         return None, None
 
-    def mask_scores(*_):
+    def mask_queries(*_):
         steps[-1] = (*steps[-1][:2], True)
 
     def nothing(*_, **__):
@@ -83,7 +83,7 @@ def steps_of(work, spec, tile, call):
         "wait_values": lambda *_: work,
         "multiply_keys": lambda channels, i, step, *_: first.append(step),
         "scale_scores": scale_scores,
-        "mask_scores": mask_scores,
+        "mask_queries": mask_queries,
         "weigh": lambda *_: (None, None, None),
         "visit": visit,
         "skip": lambda channels, step, *_: steps.append((step, None, None)),

@@ -168,7 +168,6 @@ def run(launch, tile, program, programs, counter, random):
             "warp_specialize": partitions.run,
         }
     )
-    place_in_section = as_python(schedule.place_in_section, stand_in)
     mbarrier = SimpleNamespace(
         MBarrierLayout=nothing,
         init=lambda barrier, count: barrier.init(count),
@@ -185,11 +184,9 @@ def run(launch, tile, program, programs, counter, random):
         "bytes_of": lambda descriptor: 0,
         "copy_to_shared": copy,
         "draw": lambda seed, matrix, start_m, start_n, *_: Bits(matrix, start_m, start_n),
-        "mask_scores": lambda scores, *_: scores,
+        "mask_queries": lambda scores, *_: scores,
         "mbarrier": mbarrier,
-        "place_in_section": lambda tile, blocks, *sizes: (
-            place_in_section(tile, blocks, *sizes) if tile < blocks * sizes[0] else (0, 0)  # a GPU divides by 0
-        ),
+        "place_in_section": as_python(schedule.place_in_section, stand_in),
         "number": lambda fields, field: int(fields[field]),
         "query_head": lambda work, call, spec: SimpleNamespace(
             limits=None, seed=None, number=work.batch * call.heads_q + work.head

@@ -31,7 +31,6 @@ from triton_attention.hopper.backward_scores import (
     bias_gradients,
     exponents_of,
     load_key_bias,
-    mask_weights,
     multiply_values,
     score_gradients,
 )
@@ -49,6 +48,7 @@ from triton_attention.hopper.channel import (
 from triton_attention.hopper.dropout import draw, mark
 from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
+from triton_attention.hopper.mask import mask_keys
 from triton_attention.hopper.narrow import narrow, unmarked
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import place_of_keys
@@ -142,7 +142,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 exponents, derivative = exponents_of(scores, lse, slope, start_m, start_n, call, SPEC, True)
                 weights = gl.exp2(add_transposed_bias(exponents, key_bias, channels, step, SPEC, TILE, INDEX))
                 if m < seen.full_first or m >= seen.full_last:
-                    weights = mask_weights(weights, start_m, start_n, call, SPEC)
+                    weights = mask_keys(weights, start_m, start_n, call, SPEC, 0.0)
                 weights = mark(weights, bits, SPEC)
                 factors = narrow(weights * derivative, q.dtype)
                 weights = narrow(weights, q.dtype)

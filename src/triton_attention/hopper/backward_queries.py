@@ -33,9 +33,10 @@ from triton_attention.hopper.layouts import (
     operand_layout,
     rows_layout,
 )
+from triton_attention.hopper.mask import mask_queries
 from triton_attention.hopper.narrow import multiply_narrow, narrow
 from triton_attention.hopper.schedule import place_of_keys, place_of_queries, visible_range
-from triton_attention.hopper.softmax import LOG2_E, add_bias, mask_scores
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias
 
 
 class Inputs(NamedTuple):
@@ -163,7 +164,7 @@ def consume(
         exponents, derivative = exponents_of(scores, lse[:, None], slope, start_m, start_n, call, SPEC, False)
         exponents = add_block_bias(exponents, key_bias, channels, step, SPEC, INDEX)
         if n < block.full_first or n >= block.full_last:
-            exponents = mask_scores(exponents, start_m, start_n, call, SPEC)
+            exponents = mask_queries(exponents, start_m, start_n, call, SPEC, -INFINITY)
         weights = narrow(gl.exp2(exponents) * derivative, q.dtype)
         dweights = warpgroup_mma_wait(0, deps=[dweights])
         release(channels.v, step)

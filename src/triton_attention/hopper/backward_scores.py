@@ -8,10 +8,10 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from triton_attention.hopper.backward_channels import NEGATIVE_DELTA, load_numbers
 from triton_attention.hopper.channel import wait_full
-from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, widen
 from triton_attention.hopper.schedule import first_tile
-from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, allowed, cap_scores, distances, opaque_zero
+from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, cap_scores, distances
 
 
 @gluon.jit
@@ -79,18 +79,6 @@ def add_transposed_bias(
     elif SPEC.BIAS != "none":
         exponents += key_bias[:, None]
     return exponents
-
-
-@gluon.jit
-def mask_weights(weights, start_m, start_n, call, SPEC: gl.constexpr):
-    """0 where a query may not see a key of [start_n, start_n + 64)."""
-    BLOCK_M: gl.constexpr = weights.shape[1]
-    queries = start_m - start_n + gl.arange(0, BLOCK_M, layout=columns_layout(BLOCK_M)) + opaque_zero()
-    keys = gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
-    visible = allowed(
-        queries[None, :], keys[:, None], call.seqlen_k - start_n, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
-    )
-    return gl.where(visible, weights, 0.0)
 
 
 @gluon.jit

@@ -25,7 +25,6 @@ from triton_attention.hopper.backward_scores import (
     bias_gradients,
     exponents_of,
     load_key_bias,
-    mask_weights,
     multiply_values,
     score_gradients,
 )
@@ -34,6 +33,7 @@ from triton_attention.hopper.channel import hand_over, release, tile_of, wait_em
 from triton_attention.hopper.dropout import draw, mark
 from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
+from triton_attention.hopper.mask import mask_keys
 from triton_attention.hopper.narrow import narrow, unmarked
 from triton_attention.hopper.softmax import LOG2_E
 
@@ -91,7 +91,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
             exponents, derivative = exponents_of(scores, lse, slope, start_m, block.start_n, call, SPEC, True)
             weights = gl.exp2(add_transposed_bias(exponents, key_bias, channels, step, SPEC, TILE, WHOLE))
             if m < seen.full_first or m >= seen.full_last:
-                weights = mask_weights(weights, start_m, block.start_n, call, SPEC)
+                weights = mask_keys(weights, start_m, block.start_n, call, SPEC, 0.0)
             weights = mark(weights, bits, SPEC)
             wait_empty(channels.dscores, step)
             leave(channels, step, 0, narrow(weights * derivative, q.dtype))

@@ -38,9 +38,10 @@ from triton_attention.hopper.channel import tile_of as tile_of_channel
 from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.forward import PRODUCER_REGISTERS
 from triton_attention.hopper.heads import load_seed, load_slope
-from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, columns_layout, rows_layout
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, rows_layout
+from triton_attention.hopper.mask import mask_queries
 from triton_attention.hopper.schedule import visible_range
-from triton_attention.hopper.softmax import LOG2_E, allowed, cap_scores, distances, opaque_zero
+from triton_attention.hopper.softmax import LOG2_E, cap_scores, distances, opaque_zero
 
 CONSUMERS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(2 * 64)  # 64 a consumer
@@ -268,17 +269,6 @@ def add_sharers(
 
 
 @gluon.jit
-def only_visible(grad, start_m, start_n, call, SPEC: gl.constexpr):
-    """0 where a query does not see a key."""
-    rows = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
-    columns = start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N)) + opaque_zero()
-    visible = allowed(
-        rows[:, None], columns[None, :], call.seqlen_k, call.lower, call.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
-    )
-    return gl.where(visible, grad, 0.0)
-
-
-@gluon.jit
 def consume(
     streams, operands, dbias, staging, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
 ):  # fmt: skip
@@ -295,7 +285,7 @@ def consume(
         # Once a tile, not for each sharer; and what lies outside of the matrix a copy leaves out.
         if SPEC.HAS_LOWER or SPEC.HAS_UPPER:
             if tile.masked:
-                grad = only_visible(grad, start_m, tile.start_n, call, SPEC)
+                grad = mask_queries(grad, start_m, tile.start_n, call, SPEC, 0.0)
         tma.store_wait(0)
         buffer.reshape([WARPGROUP_ROWS, BLOCK_N]).store(grad.to(dbias.dtype))
         fence_async_shared()

@@ -32,6 +32,7 @@ from triton_attention.hopper.layouts import (
     operand_layout,
     rows_layout,
 )
+from triton_attention.hopper.mask import mask_queries
 from triton_attention.hopper.schedule import (
     announce,
     hear,
@@ -41,7 +42,7 @@ from triton_attention.hopper.schedule import (
     place_of_queries,
     tile_range,
 )
-from triton_attention.hopper.softmax import INFINITY, finish, mask_scores, new_rows, scale_scores, weigh
+from triton_attention.hopper.softmax import INFINITY, finish, new_rows, scale_scores, weigh
 
 PRODUCER_REGISTERS = gl.constexpr(24)  # of a thread: it holds addresses alone
 
@@ -295,7 +296,7 @@ def visit(
     release(channels.k, step)
     scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     if MASKED:
-        scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
+        scores = mask_queries(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC, -INFINITY)
     rows, weights, correction = weigh(rows, scores, scale, SPEC)
     output = wait_values(output, SPEC)
     release(channels.v, step - 1)
@@ -355,7 +356,7 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
         output = new_output(work, SPEC)
         scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         if n >= work.full_last or n < work.full_first:
-            scores = mask_scores(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC)
+            scores = mask_queries(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC, -INFINITY)
         rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale, SPEC)
         bits = kept_bits(channels, head, output.start_m, step, n, call, SPEC, TILE, INDEX)
         step += 1

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from triton_attention import blocks
 from triton_attention.hopper.correction import Correction, any_of_warp
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, columns_layout, rows_layout
 
@@ -19,8 +18,6 @@ LN_2 = gl.constexpr(0.6931471805599453)
 INFINITY = gl.constexpr(float("inf"))
 LAG = gl.constexpr(8.0)
 ROUNDING = gl.constexpr(2.0**-22)
-
-allowed = gluon.jit(blocks.allowed)
 
 
 class Rows(NamedTuple):
@@ -109,19 +106,6 @@ def add_bias(exponents, values, SPEC: gl.constexpr):
     else:
         exponents += values.to(gl.float32) * LOG2_E
     return exponents
-
-
-@gluon.jit
-def mask_scores(scores, start_m, start_n, limits, SPEC: gl.constexpr):
-    """-inf where a query of [start_m, start_m + 64) may not see a key."""
-    BLOCK_N: gl.constexpr = scores.shape[1]
-    rows = start_m - start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
-    cols = gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N)) + opaque_zero()
-    seqlen_k = limits.seqlen_k - start_n
-    visible = allowed(
-        rows[:, None], cols[None, :], seqlen_k, limits.lower, limits.upper, SPEC.HAS_LOWER, SPEC.HAS_UPPER
-    )
-    return gl.where(visible, scores, -INFINITY)
 
 
 @gluon.jit
