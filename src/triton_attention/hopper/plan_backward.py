@@ -144,7 +144,7 @@ def plan_backward(
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
     bytes_of_queries = row_bytes * ceil_div(seqlen_q, _ROWS) * _ROWS * group
-    section, last_section = 1, 0
+    section, last_section = 1, 1
     if mask.right is not None:
         section = max(1, _SECTION_BYTES // bytes_of_queries)
         if mask.left is None and not packed:

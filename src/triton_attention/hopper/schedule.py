@@ -139,7 +139,7 @@ def next_tile(tile, end, counter, SPEC: gl.constexpr, TILE: gl.constexpr):
 @gluon.jit
 def place_in_section(tile, num_blocks, matrices, section_size, least_last):
     """(block, matrix) of a tile: by sections of `section_size` matrices, within one by block, and then by matrix. The
-    last section has the rest, and `least_last` matrices at least, if there are as many."""
+    last section has the rest, and `least_last` > 0 matrices at least, if there are as many."""
     last = gl.maximum(matrices - least_last, 0) // section_size
     section = gl.minimum(tile // (num_blocks * section_size), last)
     within = tile - section * num_blocks * section_size
@@ -160,7 +160,7 @@ def place(tile, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     if not SPEC.VARLEN:
         matrices = call.heads_q * call.batch
     blocks = num_blocks(call, SPEC, TILE)
-    block, matrix = place_in_section(tile, blocks, matrices, call.section, 0)
+    block, matrix = place_in_section(tile, blocks, matrices, call.section, 1)
     if SPEC.HAS_UPPER:
         block = blocks - 1 - block
     sequence = 0
