@@ -118,7 +118,10 @@ ROWS = (
     Row(32, tile(4, 64, 4, bias_stages=3), bias_size=2, banded=False),
     Row(64, tile(4, 64, 4, q_stages=1), bias_size=2, banded=False),  # s 2k: 331; 2 x 128: 313
     Row(64, tile(2, 128, 2), bias_size=2),  # s 2k, causal: 257; 4 x 64: 192
-    Row(128, tile(2, 64, 2), bias_size=2),  # s 2k: 462; causal 366
+    Row(  # s 2k: 464; 64 keys: 449 (H200)
+        128, tile(2, 128, 2, q_stages=1, bias_stages=1), bias_size=2, banded=False, dropout=False
+    ),
+    Row(128, tile(2, 64, 2), bias_size=2),  # s 2k: causal 366
     Row(192, tile(2, 64, 2, q_stages=1), bias_size=2),
     Row(256, tile(2, 32, 2, q_stages=1), bias_size=2),
     Row(64, tile(2, 64, 3), bias_size=1),
