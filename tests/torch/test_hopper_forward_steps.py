@@ -62,9 +62,9 @@ def steps_of(work, spec, tile, call):
     steps, first = [], []
     heard = iter([work, work._replace(tile_last=0)])
 
-    def visit(rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, *others):
+    def visit(progress, queries, channels, step, n, *others):
         steps.append((step, n, others[-1]))
-        return rows, weights, bits, output
+        return progress
 
     def scale_scores(scores, values, head, start_m, start_n, *_):  # of the first block: the others are visited
         steps.append((first[0], start_n // tile.BLOCK_N, False))

@@ -24,7 +24,7 @@ from triton_attention.hopper.backward_call import block_of_number, call_of_own_b
 from triton_attention.hopper.backward_scores import exponents_of, load_key_bias, load_query_numbers
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.dropout import draw, drop
-from triton_attention.hopper.forward import PRODUCER_REGISTERS
+from triton_attention.hopper.forward_producer import PRODUCER_REGISTERS
 from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import (
     WARPGROUP_ROWS,

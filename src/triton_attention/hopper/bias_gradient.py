@@ -36,7 +36,7 @@ from triton_attention.hopper.channel import (
 )
 from triton_attention.hopper.channel import tile_of as tile_of_channel
 from triton_attention.hopper.dropout import draw, drop
-from triton_attention.hopper.forward import PRODUCER_REGISTERS
+from triton_attention.hopper.forward_producer import PRODUCER_REGISTERS
 from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, rows_layout
 from triton_attention.hopper.mask import mask_queries

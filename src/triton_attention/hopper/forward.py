@@ -20,147 +20,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from triton_attention._compat import copy_to_global
 from triton_attention.hopper.bias import load_bias, load_row_bias
-from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
-from triton_attention.hopper.correction import correct
-from triton_attention.hopper.dropout import draw, drop, new_bits, no_bits, receive_bits, send_bits
-from triton_attention.hopper.heads import load_seed, load_sink, query_head
-from triton_attention.hopper.layouts import (
-    WARPGROUP_ROWS,
-    accumulator_layout,
-    operand_layout,
-    rows_layout,
+from triton_attention.hopper.channel import new_channel, new_tiles, release, tile_of, wait_full
+from triton_attention.hopper.dropout import draw, drop, new_bits, no_bits, receive_bits
+from triton_attention.hopper.forward_output import (
+    Results,
+    corrected,
+    multiply_values,
+    new_output,
+    store,
+    wait_values,
 )
+from triton_attention.hopper.forward_producer import PRODUCER_REGISTERS, Channels, Operands, draw_ahead, produce
+from triton_attention.hopper.heads import load_sink, query_head
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout
 from triton_attention.hopper.mask import mask_queries
-from triton_attention.hopper.schedule import (
-    announce,
-    hear,
-    new_ticker,
-    next_tile,
-    place_of_keys,
-    place_of_queries,
-    tile_range,
-)
-from triton_attention.hopper.softmax import INFINITY, finish, new_rows, scale_scores, weigh
-
-PRODUCER_REGISTERS = gl.constexpr(24)  # of a thread: it holds addresses alone
+from triton_attention.hopper.schedule import hear, new_ticker
+from triton_attention.hopper.softmax import INFINITY, new_rows, scale_scores, weigh
 
 
-class Operands(NamedTuple):
-    """Tensor descriptors; those of the tail of the head dimension are None where there is none."""
+class Progress(NamedTuple):
+    """What a consumer has of the keys seen so far. The last block's weights have not met their values yet."""
 
-    q: object
-    q_tail: object
-    k: object
-    k_tail: object
-    v: object
-    v_tail: object
-    bias: object  # or a `BiasTensor`, or None
-    out: object
-    out_tail: object
+    rows: object  # see `softmax.Rows`
+    weights: object  # (64, BLOCK_N) of the last block
+    bits: object  # which of them dropout keeps
+    output: object  # see `forward_output.Output`
 
 
-class Channels(NamedTuple):
-    """What the producer sends, and a drawer."""
+class Queries(NamedTuple):
+    """The queries of a consumer in a tile."""
 
-    q: object
-    k: object
-    v: object
-    bias: object
-    ticker: object
-    bits: object  # from a drawer; 0 where there is none
-
-
-class Results(NamedTuple):
-    """Shared memory through which each consumer's rows of out leave."""
-
-    tiles: object
-    tails: object
-
-
-class Output(NamedTuple):
-    """The accumulators of out, and which rows they are."""
-
-    acc: object  # (64, BLOCK_DV)
-    tail: object  # (64, TAIL_DV)
-    start_m: object
+    i: object  # number of the tile among the program's
     head: object
-    batch: object
-    sequence: object  # a `Sequence` where they are packed, else 0
-
-
-@gluon.jit
-def send_queries(channels, operands, i, work, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    batch, start_m = place_of_queries(work.start_m, work.batch, work.sequence, SPEC)
-    send(channels.q, operands.q, operands.q_tail, i, batch, work.head, start_m, 0, TILE.CONSUMERS)
-
-
-@gluon.jit
-def produce(channels, operands, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """The producer warp: the operands of one tile after the other, from the last block of keys to the first."""
-    BIAS_PARTS: gl.constexpr = TILE.CONSUMERS if SPEC.BIAS_ROWS else 1
-    tile, end = tile_range(call, SPEC, TILE)
-    i = 0
-    step = 0
-    bias_step = 0
-    slab_changes = True
-    tile, work = announce(channels.ticker, 0, tile, end, counter, call, SPEC, TILE)
-    if TILE.Q_STAGES > 1:
-        send_queries(channels, operands, 0, work, call, SPEC, TILE)
-    while work.tile_last > 0:
-        if TILE.Q_STAGES == 1:
-            send_queries(channels, operands, i, work, call, SPEC, TILE)
-        head_kv = work.head // call.group
-        following = work
-        for n in range(work.tile_last - 1, work.first - 1, -1):
-            start_n = n * TILE.BLOCK_N
-            batch_kv, row_kv = place_of_keys(start_n, work.batch, work.sequence, SPEC)
-            send(channels.k, operands.k, operands.k_tail, step, batch_kv, head_kv, row_kv, 0, 1)
-            if SPEC.BIAS_COLS:
-                bias_m = work.start_m if SPEC.BIAS_ROWS else 0
-                if TILE.BIAS_STAYS:
-                    if slab_changes:
-                        send(
-                            channels.bias, operands.bias, None, bias_step, work.batch, work.head, bias_m, start_n,
-                            BIAS_PARTS,
-                        )  # fmt: skip
-                        bias_step += 1
-                else:
-                    send(channels.bias, operands.bias, None, step, work.batch, work.head, bias_m, start_n, BIAS_PARTS)
-            send(channels.v, operands.v, operands.v_tail, step, batch_kv, head_kv, row_kv, 0, 1)
-            step += 1
-            # The next tile is chosen early, so that its queries are there in time, but not before the consumers have
-            # begun with this one: they still need the queries of the last.
-            if n == max(work.tile_last - 1 - TILE.STAGES, work.first):
-                tile = next_tile(tile, end, counter, SPEC, TILE)
-                tile, following = announce(channels.ticker, i + 1, tile, end, counter, call, SPEC, TILE)
-                if TILE.Q_STAGES > 1 and following.tile_last > 0:
-                    send_queries(channels, operands, i + 1, following, call, SPEC, TILE)
-        slab_changes = following.head != work.head or following.start_m != work.start_m
-        work = following
-        i += 1
-
-
-@gluon.jit
-def draw_ahead(channels, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """The drawer, a warpgroup: what dropout keeps of the blocks of keys of one tile after the other, the last block
-    first, for each consumer. Those that a consumer lets pass too, so that both sides count alike."""
-    CONSUMERS: gl.constexpr = TILE.CONSUMERS
-    i = 0
-    message = 0
-    seed = load_seed(call, SPEC)
-    work = hear(channels.ticker, 0, SPEC, TILE, 0)
-    while work.tile_last > 0:
-        number = work.batch * call.heads_q + work.head
-        for n in range(work.tile_last - 1, work.first - 1, -1):
-            for consumer in gl.static_range(CONSUMERS):
-                start_m = work.start_m + consumer * WARPGROUP_ROWS
-                bits = draw(seed, number, start_m, n * TILE.BLOCK_N, call, SPEC, TILE.BLOCK_N, False, False)
-                send_bits(channels.bits, message + consumer, bits)
-            message += CONSUMERS
-        i += 1
-        work = hear(channels.ticker, i, SPEC, TILE, 0)
+    row_bias: object
+    kept_end: object  # with BIAS_STAYS, less n: where block n of the bias is
 
 
 @gluon.jit
@@ -188,39 +82,6 @@ def multiply_keys(channels, i, step, SPEC: gl.constexpr, TILE: gl.constexpr, IND
 
 
 @gluon.jit
-def multiply_values(channels, weights, output, step, SPEC: gl.constexpr):
-    """Issue the product of the weights with the block of values of a step."""
-    acc = warpgroup_mma(weights, tile_of(channels.v.tiles, channels.v, step, 0), output.acc, is_async=True)
-    tail = output.tail
-    if SPEC.TAIL_DV > 0:
-        weights = gl.convert_layout(weights, operand_layout(SPEC.TAIL_DV))
-        tail = warpgroup_mma(weights, tile_of(channels.v.tails, channels.v, step, 0), tail, is_async=True)
-    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
-
-
-@gluon.jit
-def wait_values(output, SPEC: gl.constexpr):
-    """Wait until nothing is under way."""
-    acc = output.acc
-    tail = output.tail
-    if SPEC.TAIL_DV > 0:
-        acc, tail = warpgroup_mma_wait(0, deps=[acc, tail])
-    else:
-        acc = warpgroup_mma_wait(0, deps=[acc])
-    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
-
-
-@gluon.jit
-def new_output(work, SPEC: gl.constexpr):
-    acc = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
-    if SPEC.TAIL_DV > 0:
-        tail = gl.full([WARPGROUP_ROWS, SPEC.TAIL_DV], 0.0, gl.float32, accumulator_layout(SPEC.TAIL_DV))
-    else:
-        tail = 0
-    return Output(acc, tail, work.start_m, work.head, work.batch, work.sequence)
-
-
-@gluon.jit
 def as_operand(weights, bits, channels, SPEC: gl.constexpr):
     """The weights that dropout keeps as the left operand of a product. They travel from block to block as float32:
     pairs of 16-bit numbers that cross a loop are taken apart and put together again."""
@@ -229,78 +90,29 @@ def as_operand(weights, bits, channels, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def scaled(output, factor, SPEC: gl.constexpr):
-    """The output with each row times a factor."""
-    acc_factor = gl.convert_layout(factor, rows_layout(SPEC.BLOCK_DV))
-    acc = output.acc * acc_factor[:, None]
-    tail = output.tail
-    if SPEC.TAIL_DV > 0:
-        tail = tail * gl.convert_layout(factor, rows_layout(SPEC.TAIL_DV))[:, None]
-    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
-
-
-@gluon.jit
-def corrected(output, correction, SPEC: gl.constexpr):
-    """The output of rows whose maximum has risen."""
-    tail = output.tail
-    if SPEC.TAIL_DV > 0:
-        tail = correct(tail, correction, SPEC.TAIL_DV)
-    acc = correct(output.acc, correction, SPEC.BLOCK_DV)
-    return Output(acc, tail, output.start_m, output.head, output.batch, output.sequence)
-
-
-@gluon.jit
-def store(operands, lse, results, output, rows, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
-    """Write 64 rows of out and lse; the copies of out are under way at return."""
-    factor, lse_rows = finish(rows, call, SPEC)
-    numbers = output.start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(TILE.BLOCK_N))
-    seqlen_q = call.seqlen_q
-    if SPEC.VARLEN:
-        seqlen_q = output.sequence.seqlen_q
-        origin = output.head.to(gl.int64) * call.packing.total_q + (output.sequence.end_q - seqlen_q)
-    else:
-        origin = (output.batch * call.heads_q + output.head).to(gl.int64) * seqlen_q
-    gl.store(lse + origin + numbers, lse_rows, mask=numbers < seqlen_q)
-    output = scaled(output, factor, SPEC)
-    batch, start_m = place_of_queries(output.start_m, output.batch, output.sequence, SPEC)
-    place = coordinates(operands.out, batch, output.head, start_m, 0)
-    tma.store_wait(0)
-    tile = results.tiles.index(INDEX)
-    tile.reshape([WARPGROUP_ROWS, SPEC.BLOCK_DV]).store(output.acc.to(operands.out.dtype))
-    fence_async_shared()
-    copy_to_global(operands.out, place, tile)
-    if SPEC.TAIL_DV > 0:
-        if SPEC.TAIL_DV == SPEC.BLOCK_DV:  # the tail takes the same place
-            tma.store_wait(0)
-        else:
-            tile = results.tails.index(INDEX)
-        tile.reshape([WARPGROUP_ROWS, SPEC.TAIL_DV]).store(output.tail.to(operands.out.dtype))
-        fence_async_shared()
-        copy_to_global(operands.out_tail, place, tile)
-
-
-@gluon.jit
 def visit(
-    rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC: gl.constexpr,
-    TILE: gl.constexpr, INDEX: gl.constexpr, MASKED: gl.constexpr,
+    progress, queries, channels, step, n, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in block n of the keys: its softmax runs under the product of the weights of the block before with v."""
-    operand = as_operand(weights, bits, channels, SPEC)
+    head = queries.head
+    output = progress.output
+    operand = as_operand(progress.weights, progress.bits, channels, SPEC)
     wait_full(channels.v, step - 1)
     wait_full(channels.k, step)
-    scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
+    scores = multiply_keys(channels, queries.i, step, SPEC, TILE, INDEX)
     output = multiply_values(channels, operand, output, step - 1, SPEC)
-    values = load_bias(channels.bias, row_bias, step, kept_end - n, SPEC, TILE, INDEX)
+    values = load_bias(channels.bias, queries.row_bias, step, queries.kept_end - n, SPEC, TILE, INDEX)
     bits = kept_bits(channels, head, output.start_m, step, n, call, SPEC, TILE, INDEX)
     scores = warpgroup_mma_wait(2 if SPEC.TAIL_DV > 0 else 1, deps=[scores])
     release(channels.k, step)
     scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
     if MASKED:
         scores = mask_queries(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC, -INFINITY)
-    rows, weights, correction = weigh(rows, scores, scale, SPEC)
+    rows, weights, correction = weigh(progress.rows, scores, scale, SPEC)
     output = wait_values(output, SPEC)
     release(channels.v, step - 1)
-    return rows, weights, bits, corrected(output, correction, SPEC)
+    return Progress(rows, weights, bits, corrected(output, correction, SPEC))
 
 
 @gluon.jit
@@ -324,10 +136,10 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
     step = 0
     bias_step = 0  # with BIAS_STAYS, of the last block of keys of the slab at hand
     work = hear(channels.ticker, 0, SPEC, TILE, INDEX)
-    rows = new_rows(-INFINITY, SPEC, TILE.BLOCK_N)
     weights = gl.full([WARPGROUP_ROWS, TILE.BLOCK_N], 0.0, gl.float32, accumulator_layout(TILE.BLOCK_N))
-    bits = no_bits(SPEC, TILE.BLOCK_N)
-    output = new_output(work, SPEC)
+    progress = Progress(
+        new_rows(-INFINITY, SPEC, TILE.BLOCK_N), weights, no_bits(SPEC, TILE.BLOCK_N), new_output(work, SPEC)
+    )
     while work.tile_last > 0:
         # The first block of keys, while the last values of the tile before are under way.
         pending = max(step - 1, 0)
@@ -335,51 +147,43 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
             for _ in range(work.last, work.tile_last):
                 skip(channels, step, SPEC, TILE, INDEX)
                 step += 1
-        operand = as_operand(weights, bits, channels, SPEC)
+        operand = as_operand(progress.weights, progress.bits, channels, SPEC)
         wait_full(channels.q, i)
         wait_full(channels.v, pending, i > 0)
         wait_full(channels.k, step)
         scores = multiply_keys(channels, i, step, SPEC, TILE, INDEX)
-        output = multiply_values(channels, operand, output, pending, SPEC)
+        output = multiply_values(channels, operand, progress.output, pending, SPEC)
         head = query_head(work, call, SPEC)
         sink = load_sink(work, call, SPEC)
-        row_bias = load_row_bias(operands.bias, work, call, SPEC, TILE)
         n = work.last - 1
-        kept_end = bias_step + work.tile_last - 1  # with BIAS_STAYS, less n: where block n of the bias is
-        values = load_bias(channels.bias, row_bias, step, kept_end - n, SPEC, TILE, INDEX)
+        row_bias = load_row_bias(operands.bias, work, call, SPEC, TILE)
+        queries = Queries(i, head, row_bias, bias_step + work.tile_last - 1)
+        values = load_bias(channels.bias, row_bias, step, queries.kept_end - n, SPEC, TILE, INDEX)
         output = wait_values(output, SPEC)
         scores = warpgroup_mma_wait(0, deps=[scores])
         release(channels.k, step)
         if i > 0:
             release(channels.v, pending)
-            store(operands, lse, results, output, rows, call, SPEC, TILE, INDEX)
+            store(operands, lse, results, output, progress.rows, call, SPEC, TILE, INDEX)
         output = new_output(work, SPEC)
         scores, scale = scale_scores(scores, values, head, output.start_m, n * TILE.BLOCK_N, call, SPEC)
         if n >= work.full_last or n < work.full_first:
             scores = mask_queries(scores, output.start_m, n * TILE.BLOCK_N, head.limits, SPEC, -INFINITY)
         rows, weights, _ = weigh(new_rows(sink, SPEC, TILE.BLOCK_N), scores, scale, SPEC)
         bits = kept_bits(channels, head, output.start_m, step, n, call, SPEC, TILE, INDEX)
+        progress = Progress(rows, weights, bits, output)
         step += 1
 
         if SPEC.HAS_UPPER:
             for n in range(work.last - 2, max(work.full_last, work.first) - 1, -1):
-                rows, weights, bits, output = visit(
-                    rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
-                    INDEX, True,
-                )  # fmt: skip
+                progress = visit(progress, queries, channels, step, n, call, SPEC, TILE, INDEX, True)
                 step += 1
         for n in range(min(work.last - 1, work.full_last) - 1, max(work.full_first, work.first) - 1, -1):
-            rows, weights, bits, output = visit(
-                rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
-                INDEX, False,
-            )  # fmt: skip
+            progress = visit(progress, queries, channels, step, n, call, SPEC, TILE, INDEX, False)
             step += 1
         if SPEC.HAS_LOWER:
             for n in range(min(work.last - 1, work.full_first) - 1, work.first - 1, -1):
-                rows, weights, bits, output = visit(
-                    rows, weights, bits, output, channels, head, row_bias, kept_end, i, step, n, call, SPEC, TILE,
-                    INDEX, True,
-                )  # fmt: skip
+                progress = visit(progress, queries, channels, step, n, call, SPEC, TILE, INDEX, True)
                 step += 1
         release(channels.q, i)
         i += 1
@@ -397,9 +201,9 @@ def consume(channels, operands, lse, results, call, SPEC: gl.constexpr, TILE: gl
     else:
         pending = step - 1
         wait_full(channels.v, pending)
-    output = multiply_values(channels, as_operand(weights, bits, channels, SPEC), output, pending, SPEC)
-    output = wait_values(output, SPEC)
-    store(operands, lse, results, output, rows, call, SPEC, TILE, INDEX)
+    operand = as_operand(progress.weights, progress.bits, channels, SPEC)
+    output = wait_values(multiply_values(channels, operand, progress.output, pending, SPEC), SPEC)
+    store(operands, lse, results, output, progress.rows, call, SPEC, TILE, INDEX)
     tma.store_wait(0)
 
 
