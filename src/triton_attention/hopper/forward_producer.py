@@ -58,6 +58,8 @@ def send_queries(channels, operands, i, work, call, SPEC: gl.constexpr, TILE: gl
 def produce(channels, operands, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The producer warp: the operands of one tile after the other, from the last block of keys to the first."""
     BIAS_PARTS: gl.constexpr = TILE.CONSUMERS if SPEC.BIAS_ROWS else 1
+    # With two stages consumers are close behind, and short tiles over before the next are there.
+    AHEAD: gl.constexpr = TILE.STAGES if SPEC.UNEVEN and TILE.STAGES == 2 else TILE.STAGES + 1
     tile, end = tile_range(call, SPEC, TILE)
     i = 0
     step = 0
@@ -90,7 +92,7 @@ def produce(channels, operands, counter, call, SPEC: gl.constexpr, TILE: gl.cons
             step += 1
             # The next tile is chosen early, so that its queries are there in time, but not before the consumers have
             # begun with this one: they still need the queries of the last.
-            if n == max(work.tile_last - 1 - TILE.STAGES, work.first):
+            if n == max(work.tile_last - AHEAD, work.first):
                 tile = next_tile(tile, end, counter, SPEC, TILE)
                 tile, following = announce(channels.ticker, i + 1, tile, end, counter, call, SPEC, TILE)
                 if TILE.Q_STAGES > 1 and following.tile_last > 0:
