@@ -119,7 +119,7 @@ def start(program, cache):
 
 def output(process):
     out, err = process.communicate(timeout=250)
-    assert process.returncode == 0, err
+    assert process.returncode == 0, f"{err}\nafter it had printed: {out}"  # did it end badly, or only at its end?
     return out
 
 
