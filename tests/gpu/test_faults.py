@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -38,18 +39,20 @@ def equal(some, others):
 
 
 class MemoryLimit:
-    """No memory for this process beyond what it has, and a little."""
-
-    def __init__(self, extra):
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        self.bytes = torch.cuda.memory_reserved() + extra
+    """No memory for this process beyond what it has; what is free of that, in pieces of 32 MiB or more, is taken."""
 
     def __enter__(self):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties().total_memory
-        torch.cuda.set_per_process_memory_fraction(self.bytes / total)
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        self.taken = []
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                self.taken.append(torch.empty(32 << 20, dtype=torch.uint8, device="cuda"))
 
     def __exit__(self, *exception):
+        self.taken.clear()
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -58,7 +61,7 @@ def test_out_of_memory_in_the_forward(backend):
     torch.use_deterministic_algorithms(False)
     expected = results(leaves(), backend)
     q, k, v = (torch.randn(1, 1 << 16, 16, 128, device="cuda").bfloat16().requires_grad_() for _ in range(3))
-    with MemoryLimit(64 << 20), pytest.raises(torch.OutOfMemoryError):
+    with MemoryLimit(), pytest.raises(torch.OutOfMemoryError):
         attention(q, k, v, backend=backend)
     del q, k, v
     assert equal(expected, results(leaves(), backend))
@@ -71,7 +74,7 @@ def test_out_of_memory_in_the_backward(backend):
     tensors = [torch.randn(1, 1 << 15, 16, 128, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
     out = attention(*tensors, causal=True, backend=backend)
     dout = torch.randn_like(out)
-    with MemoryLimit(64 << 20), pytest.raises(torch.OutOfMemoryError):
+    with MemoryLimit(), pytest.raises(torch.OutOfMemoryError):
         torch.autograd.grad(out, tensors, dout, retain_graph=True)
     assert equal(expected, results(leaves(), backend))
     grads = torch.autograd.grad(out, tensors, dout)  # of the same graph
