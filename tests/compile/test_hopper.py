@@ -39,6 +39,7 @@ LARGER = (
     larger(32, FULL, "1hqk", seqlen=384),
     larger(32, FULL, "1hqk"),
     larger(64, FULL, "1hqk"),
+    *(larger(128, FULL, "1hqk", **extras) for extras in ({}, *EXTRAS)),
     larger(192, CAUSAL, "1hqk"),
     *(larger(head_dim, CAUSAL, "1hqk", torch.bool) for head_dim in (64, 128, 192)),
     *(larger(head_dim, CAUSAL, "1hqk") for head_dim in (64, 80, 128, 256)),
