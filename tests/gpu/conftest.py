@@ -61,7 +61,8 @@ class Report:
             reason = "; ".join(line[1:].strip() for line in words if line.startswith("E ")) or "".join(words[-1:])
             self.failures.append(f"{report.nodeid}: {reason[:500]}")
         if report.skipped:
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            skipped = isinstance(report.longrepr, tuple)  # else it failed, as it says that it does
+            reason = report.longrepr[2] if skipped else f"expected to fail: {report.wasxfail}"
             self.skips[reason] = self.skips.get(reason, 0) + 1
         if report.failed or time.time() - self.written > SECONDS_BETWEEN_REPORTS:
             self.write(finished=False)
