@@ -162,7 +162,7 @@ def test_a_number_is_heard_when_it_was_told():
         as_python(function, stand_in, {"mbarrier": slots})
         for function in (backward_walk.announce, backward_walk.number_of)
     )
-    spec = BackwardSpec(64, 64, False, False)
+    spec = BackwardSpec(64, 0, 64, 0, False, False)
     for i in range(1, 5 * SLOTS):
         with pytest.raises(TimeoutError):
             number_of(turns, i, None, spec, None)

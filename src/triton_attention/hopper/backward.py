@@ -15,14 +15,8 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
-from triton_attention._compat import copy_to_global
 from triton_attention.hopper.backward_assistant import serve
 from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
@@ -43,7 +37,18 @@ from triton_attention.hopper.channel import (
     tile_of,
     wait_empty,
     wait_full,
-    whole_tile,
+)
+from triton_attention.hopper.columns import (
+    Columns,
+    accumulate,
+    columns_of,
+    leave_columns,
+    multiply_transposed,
+    new_sums,
+    products,
+    scaled,
+    store_columns,
+    wait_both,
 )
 from triton_attention.hopper.dropout import draw, mark
 from triton_attention.hopper.heads import load_seed, load_slope
@@ -63,15 +68,16 @@ def store_key_dbias(pointer, dbias, batch, head, keys, call):
 
 
 @gluon.jit
-def store_rows(descriptor, channel, i, values, block, start_n, SPEC: gl.constexpr, INDEX: gl.constexpr):
+def store_rows(
+    descriptors, channel, i, sums, block, start_n, SPEC: gl.constexpr, INDEX: gl.constexpr, TAIL: gl.constexpr
+):  # fmt: skip
     """Write 64 rows of dK or dV, through the shared memory of this consumer's rows of the i-th K or V; at return the
     copy is under way."""
-    SHAPE: gl.constexpr = values.shape
-    tile = whole_tile(channel.tiles, channel, i, INDEX)
-    tile.reshape([SHAPE[0], SHAPE[1]]).store(values.to(descriptor.dtype))
+    leave_columns(channel, i, INDEX, sums, TAIL)
     fence_async_shared()
     batch, row = place_of_keys(start_n, block.batch, block.sequence, SPEC)
-    copy_to_global(descriptor, coordinates(descriptor, batch, block.head_kv, row, 0), tile)
+    place = coordinates(descriptors.block, batch, block.head_kv, row, 0)
+    store_columns(descriptors, place, channel, i, INDEX)
 
 
 @gluon.jit
@@ -111,11 +117,11 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
         block = block_of(number, call, SPEC, TILE)
         start_n = block.start_n + INDEX * WARPGROUP_ROWS
         seen = seen_by(block, start_n, call, SPEC, TILE)
-        dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
-        dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
+        dk = new_sums(SPEC.BLOCK_D, SPEC.TAIL_D)
+        dv = new_sums(SPEC.BLOCK_DV, SPEC.TAIL_DV)
         keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
-        k = tile_of(channels.k.tiles, channels.k, i, INDEX)
-        v = tile_of(channels.v.tiles, channels.v, i, INDEX)
+        k = columns_of(channels.k, i, INDEX, SPEC.TAIL_D)
+        v = columns_of(channels.v, i, INDEX, SPEC.TAIL_DV)
         wait_full(channels.k, i)
         wait_full(channels.v, i)
         for member in range(call.group):
@@ -128,15 +134,15 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 step = skip(channels, step, seen.first - block.first, SPEC, TILE, INDEX)
             for m in range(seen.first, seen.last):
                 start_m = m * BLOCK_M
-                q = tile_of(channels.q.tiles, channels.q, step, 0)
-                dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+                q = columns_of(channels.q, step, 0, SPEC.TAIL_D)
+                dout = columns_of(channels.dout, step, 0, SPEC.TAIL_DV)
                 bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_M, True)
                 wait_full(channels.q, step)
-                scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                scores = multiply_transposed(k, q, zero, False, SPEC.TAIL_D)
                 lse = load_numbers(channels, step, LSE)
                 if TILE.EARLY:
                     dweights = multiply_values(channels, v, dout, zero, step, SPEC)
-                    scores = warpgroup_mma_wait(1, deps=[scores])
+                    scores = warpgroup_mma_wait(products(SPEC.TAIL_DV), deps=[scores])
                 else:
                     scores = warpgroup_mma_wait(0, deps=[scores])
                 exponents, derivative = exponents_of(scores, lse, slope, start_m, start_n, call, SPEC, True)
@@ -144,21 +150,21 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 if m < seen.full_first or m >= seen.full_last:
                     weights = mask_keys(weights, start_m, start_n, call, SPEC, 0.0)
                 weights = mark(weights, bits, SPEC)
-                factors = narrow(weights * derivative, q.dtype)
-                weights = narrow(weights, q.dtype)
+                factors = narrow(weights * derivative, q.block.dtype)
+                weights = narrow(weights, q.block.dtype)
                 operand = gl.convert_layout(unmarked(weights, SPEC), operand_layout(SPEC.BLOCK_DV))
                 if not TILE.EARLY:
                     dweights = multiply_values(channels, v, dout, zero, step, SPEC)
-                dv = warpgroup_mma(operand, dout, dv, is_async=True)
-                dweights = warpgroup_mma_wait(1, deps=[dweights])
+                dv = accumulate(operand, dout, dv, SPEC.TAIL_DV)
+                dweights = warpgroup_mma_wait(products(SPEC.TAIL_DV), deps=[dweights])
                 if SPEC.DBIAS == "keys":
                     dbias += gl.sum(bias_gradients(weights, dweights, channels, step, SPEC), 1)
                 dscores = score_gradients(factors, dweights, channels, step, SPEC)
                 if SPEC.DQ == "added":
                     leave_dscores(channels, step, dscores, INDEX)
                 operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
-                dk = warpgroup_mma(operand, q, dk, is_async=True)
-                dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+                dk = accumulate(operand, q, dk, SPEC.TAIL_D)
+                dv, dk = wait_both(dv, dk, SPEC.TAIL_DV, SPEC.TAIL_D)
                 release(channels.q, step)
                 step += 1
             if SPEC.HAS_LOWER:
@@ -171,10 +177,11 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
         if SPEC.DQ == "added":
             place_of_dk = channels.v
             release(channels.k, i)
-        store_rows(gradients.dv, channels.v, i, dv, block, start_n, SPEC, INDEX)
+        store_rows(gradients.dv, channels.v, i, dv, block, start_n, SPEC, INDEX, SPEC.TAIL_DV)
         if SPEC.DQ == "added":
             tma.store_wait(0)
-        store_rows(gradients.dk, place_of_dk, i, dk * call.softmax_scale, block, start_n, SPEC, INDEX)
+        dk = scaled(dk, call.softmax_scale, SPEC.TAIL_D)
+        store_rows(gradients.dk, place_of_dk, i, dk, block, start_n, SPEC, INDEX, SPEC.TAIL_D)
         tma.store_wait(0)
         if SPEC.DQ != "added":
             release(channels.k, i)
@@ -184,7 +191,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
 
 
 @gluon.jit
-def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, counter, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def attention_bwd(
+    q, q_tail, k, k_tail, v, v_tail, dout, dout_tail, rows, bias, dq, dq_tail, dk, dk_tail, dv, dv_tail, dbias, counter,
+    call, SPEC: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
     """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head; and sums of dS K.
 
     Grid: any number of programs, and a `counter` of 0. Together they visit each block of 64 CONSUMERS keys of each key
@@ -196,18 +206,20 @@ def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, counter, call, S
     """
     if SPEC.VARLEN:
         call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
-    inputs = Inputs(q, k, v, dout, rows, bias)
-    gradients = Gradients(dq, dk, dv, dbias)
+    inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), rows, bias)
+    gradients = Gradients(Columns(dq, dq_tail), Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
     ADDS_DQ: gl.constexpr = SPEC.DQ == "added"
     channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, TILE.CONSUMERS if ADDS_DQ else 0)
     if ADDS_DQ:
-        staging = new_tiles(dq, TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL))
+        PIECES: gl.constexpr = TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL)
+        staging = Columns(new_tiles(dq, PIECES), new_tiles(dq_tail, 1))
     else:
         staging = 0
     fence_async_shared()
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     C2: gl.constexpr = 2
+    C3: gl.constexpr = 3
     REGISTERS: gl.constexpr = TILE.REGISTERS
     SERVING_WARPS: gl.constexpr = 4 if ADDS_DQ else 1
     if TILE.CONSUMERS == 2:
@@ -220,7 +232,7 @@ def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, counter, call, S
             [4, SERVING_WARPS],
             [REGISTERS, TILE.SERVING_REGISTERS],
         )
-    else:
+    elif TILE.CONSUMERS == 3:
         gl.warp_specialize(
             [
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
@@ -230,4 +242,16 @@ def attention_bwd(q, k, v, dout, rows, bias, dq, dk, dv, dbias, counter, call, S
             ],
             [4, 4, SERVING_WARPS],
             [REGISTERS, REGISTERS, TILE.SERVING_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C2)),
+                (consume, (channels, inputs, gradients, call, SPEC, TILE, C3)),
+                (serve, (channels, inputs, gradients, staging, call, SPEC, TILE)),
+            ],
+            [4, 4, 4, SERVING_WARPS],
+            [REGISTERS, REGISTERS, REGISTERS, TILE.SERVING_REGISTERS],
         )

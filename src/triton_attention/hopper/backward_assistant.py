@@ -34,6 +34,7 @@ from triton_attention.hopper.channel import (
     wait_full,
     whole_tile,
 )
+from triton_attention.hopper.columns import copy_columns
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import place_of_keys, place_of_queries
@@ -43,8 +44,8 @@ from triton_attention.hopper.schedule import place_of_keys, place_of_queries
 def send_keys(channels, inputs, i, block, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Copy the i-th block of keys and values of this program, when what was in their place has been left."""
     batch, row = place_of_keys(block.start_n, block.batch, block.sequence, SPEC)
-    send(channels.k, inputs.k, None, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
-    send(channels.v, inputs.v, None, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
+    send(channels.k, inputs.k.block, inputs.k.tail, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
+    send(channels.v, inputs.v.block, inputs.v.tail, i, batch, block.head_kv, row, 0, TILE.CONSUMERS)
 
 
 @gluon.jit
@@ -55,15 +56,16 @@ def send_queries(channels, inputs, number, step, call, SPEC: gl.constexpr, TILE:
     head, block = step.head, step.block
     batch = block.batch
     start_m = step.m * TILE.BLOCK_M
+    BYTES_OF_Q: gl.constexpr = bytes_of(inputs.q.block) + bytes_of(inputs.q.tail)
     wait_empty(channels.q, number)
     full = channels.q.full.index(slot)
     if SPEC.BIAS_ROWS:
-        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
+        mbarrier.expect(full, BYTES_OF_Q + 2 * bytes_of(inputs.rows) + PARTS * bytes_of(inputs.bias))
         for part in gl.static_range(PARTS):
             place = [batch, head, start_m, block.start_n + part * WARPGROUP_ROWS]
             copy_to_shared(inputs.bias, place, full, channels.bias.index(slot * PARTS + part))
     else:
-        mbarrier.expect(full, bytes_of(inputs.q) + 2 * bytes_of(inputs.rows))
+        mbarrier.expect(full, BYTES_OF_Q + 2 * bytes_of(inputs.rows))
     if SPEC.VARLEN:
         first_number = call.own.numbers + start_m
         numbers_batch = 0
@@ -74,11 +76,11 @@ def send_queries(channels, inputs, number, step, call, SPEC: gl.constexpr, TILE:
         place = [numbers_batch, head, row, first_number]
         copy_to_shared(inputs.rows, place, full, channels.rows.index(slot * 2 + row))
     batch, start_m = place_of_queries(start_m, batch, block.sequence, SPEC)
-    place = coordinates(inputs.q, batch, head, start_m, 0)
-    copy_to_shared(inputs.q, place, full, channels.q.tiles.index(slot))
+    place = coordinates(inputs.q.block, batch, head, start_m, 0)
+    copy_columns(inputs.q, place, full, channels.q, slot)
     full = channels.dout.full.index(slot)
-    mbarrier.expect(full, bytes_of(inputs.dout))
-    copy_to_shared(inputs.dout, place, full, channels.dout.tiles.index(slot))
+    mbarrier.expect(full, bytes_of(inputs.dout.block) + bytes_of(inputs.dout.tail))
+    copy_columns(inputs.dout, place, full, channels.dout, slot)
 
 
 @gluon.jit
@@ -108,16 +110,23 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def multiply_keys(channels, staging, step, i, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Leave dS K of a step and of the i-th block of keys in `staging`: pieces of BLOCK_M rows and some of its columns.
+def leave_piece(tile, dq):
+    """Store some columns of dS K in the order in which the threads of a warpgroup hold them, so that none waits for
+    another's bank of shared memory: `attention_bwd_dq` puts them in order."""
+    ROWS: gl.constexpr = tile.shape[2]
+    BLOCK_M: gl.constexpr = dq.shape[0]
+    COLUMNS: gl.constexpr = dq.shape[1]
+    dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
+    dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
+    tile.reshape([ROWS, PANEL]).store(dq)
 
-    A piece lies there in the order in which the threads of a warpgroup hold it, so that none waits for another's bank
-    of shared memory: `attention_bwd_dq` puts it in order.
-    """
+
+@gluon.jit
+def multiply_keys(channels, staging, step, i, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Leave dS K of a step and of the i-th block of keys in `staging`: pieces with some of its columns each."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     PARTS: gl.constexpr = TILE.CONSUMERS
-    PIECES: gl.constexpr = staging.shape[0]
-    ROWS: gl.constexpr = staging.shape[3]
+    PIECES: gl.constexpr = staging.block.shape[0]
     COLUMNS: gl.constexpr = SPEC.BLOCK_D // PIECES
     K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
     zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
@@ -131,9 +140,30 @@ def multiply_keys(channels, staging, step, i, SPEC: gl.constexpr, TILE: gl.const
         dq = warpgroup_mma_wait(0, deps=[dq])
         if piece == 0:
             tma.store_wait(0)  # the copies of the step before, and of dbias, have read
-        dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
-        dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
-        staging.index(piece).reshape([ROWS, PANEL]).store(dq)
+        leave_piece(staging.block.index(piece), dq)
+    if SPEC.TAIL_D > 0:
+        dq = gl.full([BLOCK_M, SPEC.TAIL_D], 0.0, gl.float32, accumulator_layout(SPEC.TAIL_D))
+        for part in gl.static_range(PARTS):
+            dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
+            k = tile_of(channels.k.tails, channels.k, i, part)
+            dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
+        leave_piece(staging.tail.index(0), warpgroup_mma_wait(0, deps=[dq]))
+
+
+@gluon.jit
+def add_pieces(descriptors, staging, number):
+    """Add what was left in `staging` to the sums of a block of queries."""
+    PIECES: gl.constexpr = staging.block.shape[0]
+    ROWS: gl.constexpr = staging.block.shape[3]
+    if descriptors.tail is None:
+        TAIL_ROWS: gl.constexpr = 0
+    else:
+        TAIL_ROWS: gl.constexpr = staging.tail.shape[3]
+    first_row = number * (PIECES * ROWS + TAIL_ROWS)
+    for piece in gl.static_range(PIECES):
+        add_to_global(descriptors.block, [0, 0, first_row + piece * ROWS, 0], staging.block.index(piece))
+    if descriptors.tail is not None:
+        add_to_global(descriptors.tail, [0, 0, first_row + PIECES * ROWS, 0], staging.tail.index(0))
 
 
 @gluon.jit
@@ -143,8 +173,6 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     STAGES: gl.constexpr = TILE.STAGES
     PARTS: gl.constexpr = TILE.CONSUMERS
-    PIECES: gl.constexpr = staging.shape[0]
-    ROWS: gl.constexpr = staging.shape[3]
     EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
@@ -186,9 +214,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                 multiply_keys(channels, staging, step, i, SPEC, TILE)
                 release(channels.dscores, step)
                 fence_async_shared()
-                first_row = ((block.batch * call.heads_q + head) * blocks_m + m) * PIECES * ROWS
-                for piece in gl.static_range(PIECES):
-                    add_to_global(gradients.dq, [0, 0, first_row + piece * ROWS, 0], staging.index(piece))
+                add_pieces(gradients.dq, staging, (block.batch * call.heads_q + head) * blocks_m + m)
                 step += 1
         i += 1
         number = number_of(turns, i, call, SPEC, TILE)

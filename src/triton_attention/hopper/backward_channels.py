@@ -15,7 +15,7 @@ LSE, NEGATIVE_DELTA = gl.constexpr(0), gl.constexpr(1)  # of the two numbers of 
 
 
 class Inputs(NamedTuple):
-    """Tensor descriptors; `rows` has two numbers a query, see `attention_bwd_rows`."""
+    """Tensor descriptors, those of matrices as `Columns`; `rows` has two numbers a query, see `attention_bwd_rows`."""
 
     q: object
     k: object
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Tensor descriptors."""
+    """Tensor descriptors, as `Columns` but for the last."""
 
     dq: object  # of sums: see `assist`
     dk: object
@@ -66,13 +66,14 @@ def new_channels(
         bias_tiles = new_tiles(inputs.bias, STAGES * CONSUMERS)
     else:
         bias_tiles = 0
-    q = new_channel(inputs.q, None, STAGES, 1, READERS)
+    q = new_channel(inputs.q.block, inputs.q.tail, STAGES, 1, READERS)
     rows = new_tiles(inputs.rows, STAGES * 2)
-    dout = Channel(new_tiles(inputs.dout, STAGES), 0, new_barriers(STAGES, 1), 0)  # emptied with q
-    k = new_channel(inputs.k, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
-    v = new_channel(inputs.v, None, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
+    dout_tiles, dout_tails = new_tiles(inputs.dout.block, STAGES), new_tiles(inputs.dout.tail, STAGES)
+    dout = Channel(dout_tiles, dout_tails, new_barriers(STAGES, 1), 0)  # emptied with q
+    k = new_channel(inputs.k.block, inputs.k.tail, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
+    v = new_channel(inputs.v.block, inputs.v.tail, TILE.KEYS_STAGES, CONSUMERS, CONSUMERS)
     if EXCHANGES > 0:
-        dscores = new_exchange(inputs.q.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, EXCHANGES, CONSUMERS)
+        dscores = new_exchange(inputs.q.block.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, EXCHANGES, CONSUMERS)
     else:
         dscores = 0
     turns = new_turns(counter, SPEC, TILE, 4 if SPEC.DQ == "added" else 1)

@@ -12,17 +12,24 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from triton_attention._compat import copy_to_global
 from triton_attention.hopper.backward_call import block_of_number, call_of_own_block
 from triton_attention.hopper.backward_scores import exponents_of, load_key_bias, load_query_numbers
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
+from triton_attention.hopper.columns import (
+    Columns,
+    accumulate,
+    columns_of,
+    leave_columns,
+    multiply_transposed,
+    new_sums,
+    products,
+    scaled,
+    store_columns,
+    wait_sums,
+)
 from triton_attention.hopper.dropout import draw, drop
 from triton_attention.hopper.forward_producer import PRODUCER_REGISTERS
 from triton_attention.hopper.heads import load_seed, load_slope
@@ -40,7 +47,7 @@ from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias
 
 
 class Inputs(NamedTuple):
-    """Tensor descriptors, and a pointer."""
+    """Tensor descriptors, those of matrices as `Columns`, and a pointer."""
 
     q: object
     k: object
@@ -97,17 +104,17 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     batch = block.batch
     head_kv = block.head // call.group
     batch_q, row_q = place_of_queries(block.start_m, batch, block.sequence, SPEC)
-    send(channels.q, inputs.q, None, 0, batch_q, block.head, row_q, 0, CONSUMERS)
+    send(channels.q, inputs.q.block, inputs.q.tail, 0, batch_q, block.head, row_q, 0, CONSUMERS)
     step = 0
     for n in range(block.first, block.last):
         start_n = n * TILE.BLOCK_N
         batch_kv, row_kv = place_of_keys(start_n, batch, block.sequence, SPEC)
-        send(channels.k, inputs.k, None, step, batch_kv, head_kv, row_kv, 0, 1)
+        send(channels.k, inputs.k.block, inputs.k.tail, step, batch_kv, head_kv, row_kv, 0, 1)
         if SPEC.BIAS_ROWS:
             send(channels.bias, inputs.bias, None, step, batch, block.head, block.start_m, start_n, CONSUMERS)
         if step == 0:
-            send(channels.dout, inputs.dout, None, 0, batch_q, block.head, row_q, 0, CONSUMERS)
-        send(channels.v, inputs.v, None, step, batch_kv, head_kv, row_kv, 0, 1)
+            send(channels.dout, inputs.dout.block, inputs.dout.tail, 0, batch_q, block.head, row_q, 0, CONSUMERS)
+        send(channels.v, inputs.v.block, inputs.v.tail, step, batch_kv, head_kv, row_kv, 0, 1)
         step += 1
 
 
@@ -132,24 +139,24 @@ def consume(
     BLOCK_N: gl.constexpr = TILE.BLOCK_N
     block = block_of_program(call, SPEC, TILE)
     start_m = block.start_m + INDEX * WARPGROUP_ROWS
-    sums = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
+    sums = new_sums(SPEC.BLOCK_D, SPEC.TAIL_D)
     zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, accumulator_layout(BLOCK_N))
     numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
     lse, negative_delta = load_query_numbers(inputs.rows, block.batch, block.head, numbers, call, SPEC)
     slope = load_slope(block.batch, block.head, call, SPEC) * LOG2_E
     seed = load_seed(call, SPEC)
     matrix = block.batch * call.heads_q + block.head
-    q = tile_of(channels.q.tiles, channels.q, 0, INDEX)
-    dout = tile_of(channels.dout.tiles, channels.dout, 0, INDEX)
+    q = columns_of(channels.q, 0, INDEX, SPEC.TAIL_D)
+    dout = columns_of(channels.dout, 0, INDEX, SPEC.TAIL_DV)
     wait_full(channels.q, 0)
     wait_full(channels.dout, 0, block.last > block.first)
     step = 0
     for n in range(block.first, block.last):
         start_n = n * BLOCK_N
-        k = tile_of(channels.k.tiles, channels.k, step, 0)
-        v = tile_of(channels.v.tiles, channels.v, step, 0)
+        k = columns_of(channels.k, step, 0, SPEC.TAIL_D)
+        v = columns_of(channels.v, step, 0, SPEC.TAIL_DV)
         wait_full(channels.k, step)
-        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = multiply_transposed(q, k, zero, False, SPEC.TAIL_D)
         keys = start_n + gl.arange(0, BLOCK_N, layout=columns_layout(BLOCK_N))
         key_bias = load_key_bias(inputs.bias, block.batch, block.head, keys, call, SPEC)
         wait_full(channels.v, step)
@@ -158,39 +165,42 @@ def consume(
             dweights = zero
         else:
             _, dweights = gl.broadcast(zero, negative_delta[:, None])
-        dweights = warpgroup_mma(dout, v.permute((1, 0)), dweights, use_acc=not SPEC.DROPOUT, is_async=True)
+        dweights = multiply_transposed(dout, v, dweights, not SPEC.DROPOUT, SPEC.TAIL_DV)
         bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_N, False)
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        scores = warpgroup_mma_wait(products(SPEC.TAIL_DV), deps=[scores])
         exponents, derivative = exponents_of(scores, lse[:, None], slope, start_m, start_n, call, SPEC, False)
         exponents = add_block_bias(exponents, key_bias, channels, step, SPEC, INDEX)
         if n < block.full_first or n >= block.full_last:
             exponents = mask_queries(exponents, start_m, start_n, call, SPEC, -INFINITY)
-        weights = narrow(gl.exp2(exponents) * derivative, q.dtype)
+        weights = narrow(gl.exp2(exponents) * derivative, q.block.dtype)
         dweights = warpgroup_mma_wait(0, deps=[dweights])
         release(channels.v, step)
         if SPEC.DROPOUT:
             dweights = drop(dweights, bits, SPEC) + negative_delta[:, None]
         dscores = multiply_narrow(weights, dweights)
         operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
-        sums = warpgroup_mma(operand, k, sums, is_async=True)
+        sums = accumulate(operand, k, sums, SPEC.TAIL_D)
         if SPEC.DBIAS == "tile":
             tma.store_wait(0)
             tile = staging.index(INDEX)
             tile.reshape([WARPGROUP_ROWS, BLOCK_N]).store(dscores)
             fence_async_shared()
             copy_to_global(dbias, [block.batch, block.head, start_m, start_n], tile)
-        sums = warpgroup_mma_wait(0, deps=[sums])
+        sums = wait_sums(sums, SPEC.TAIL_D)
         release(channels.k, step)
         step += 1
-    q.store((sums * call.softmax_scale).to(q.dtype))
+    leave_columns(channels.q, 0, INDEX, scaled(sums, call.softmax_scale, SPEC.TAIL_D), SPEC.TAIL_D)
     fence_async_shared()
     batch, row = place_of_queries(start_m, block.batch, block.sequence, SPEC)
-    copy_to_global(dq, coordinates(dq, batch, block.head, row, 0), channels.q.tiles.index(INDEX))
+    store_columns(dq, coordinates(dq.block, batch, block.head, row, 0), channels.q, 0, INDEX)
     tma.store_wait(0)
 
 
 @gluon.jit
-def attention_bwd_queries(q, k, v, dout, rows, bias, dq, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def attention_bwd_queries(
+    q, q_tail, k, k_tail, v, v_tail, dout, dout_tail, rows, bias, dq, dq_tail, dbias, call, SPEC: gl.constexpr,
+    TILE: gl.constexpr,
+):  # fmt: skip
     """dQ = softmax_scale dS K.
 
     Grid: one program for each block of 64 CONSUMERS queries of each head of each batch entry. It owns these rows of
@@ -201,16 +211,17 @@ def attention_bwd_queries(q, k, v, dout, rows, bias, dq, dbias, call, SPEC: gl.c
         call = call_of_own_block(call, False, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     STAGES: gl.constexpr = TILE.STAGES
     CONSUMERS: gl.constexpr = TILE.CONSUMERS
-    inputs = Inputs(q, k, v, dout, bias, rows)
+    inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), bias, rows)
+    dq = Columns(dq, dq_tail)
     if SPEC.BIAS_ROWS:
         bias_channel = new_channel(bias, None, STAGES, CONSUMERS, CONSUMERS)
     else:
         bias_channel = 0
     channels = Channels(
-        new_channel(q, None, 1, CONSUMERS, 1),
-        new_channel(dout, None, 1, CONSUMERS, 1),
-        new_channel(k, None, STAGES, 1, CONSUMERS),
-        new_channel(v, None, STAGES, 1, CONSUMERS),
+        new_channel(q, q_tail, 1, CONSUMERS, 1),
+        new_channel(dout, dout_tail, 1, CONSUMERS, 1),
+        new_channel(k, k_tail, STAGES, 1, CONSUMERS),
+        new_channel(v, v_tail, STAGES, 1, CONSUMERS),
         bias_channel,
     )
     if SPEC.DBIAS == "tile":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from triton_attention.hopper.backward_channels import NEGATIVE_DELTA, load_numbers
 from triton_attention.hopper.channel import wait_full
+from triton_attention.hopper.columns import multiply_transposed
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, widen
 from triton_attention.hopper.schedule import first_tile
@@ -89,7 +89,7 @@ def multiply_values(channels, v, dout, zero, step, SPEC: gl.constexpr):
         dweights = zero
     else:
         dweights, _ = gl.broadcast(load_numbers(channels, step, NEGATIVE_DELTA), zero)
-    return warpgroup_mma(v, dout.permute((1, 0)), dweights, use_acc=not SPEC.DROPOUT, is_async=True)
+    return multiply_transposed(v, dout, dweights, not SPEC.DROPOUT, SPEC.TAIL_DV)
 
 
 @gluon.jit

@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from triton_attention.hopper.backward import store_key_dbias, store_rows
 from triton_attention.hopper.backward_assistant import produce
@@ -30,6 +24,15 @@ from triton_attention.hopper.backward_scores import (
 )
 from triton_attention.hopper.backward_walk import block_of, seen_by
 from triton_attention.hopper.channel import hand_over, release, tile_of, wait_empty, wait_full
+from triton_attention.hopper.columns import (
+    Columns,
+    accumulate,
+    columns_of,
+    multiply_transposed,
+    new_sums,
+    scaled,
+    wait_sums,
+)
 from triton_attention.hopper.dropout import draw, mark
 from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
@@ -67,10 +70,10 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
     WHOLE: gl.constexpr = 0  # of the parts of a block of keys
     block = block_of(gl.program_id(0), call, SPEC, TILE)
     seen = seen_by(block, block.start_n, call, SPEC, TILE)
-    dv = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_DV], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_DV))
+    dv = new_sums(SPEC.BLOCK_DV, SPEC.TAIL_DV)
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
-    k = tile_of(channels.k.tiles, channels.k, 0, 0)
+    k = columns_of(channels.k, 0, 0, SPEC.TAIL_D)
     wait_full(channels.k, 0)
     seed = load_seed(call, SPEC)
     step = 0
@@ -81,10 +84,10 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
         slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
         for m in range(block.first, block.last):
             start_m = m * BLOCK_M
-            q = tile_of(channels.q.tiles, channels.q, step, 0)
-            dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+            q = columns_of(channels.q, step, 0, SPEC.TAIL_D)
+            dout = columns_of(channels.dout, step, 0, SPEC.TAIL_DV)
             wait_full(channels.q, step)
-            scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            scores = multiply_transposed(k, q, zero, False, SPEC.TAIL_D)
             lse = load_numbers(channels, step, LSE)
             bits = draw(seed, matrix, start_m, block.start_n, call, SPEC, BLOCK_M, True)
             scores = warpgroup_mma_wait(0, deps=[scores])
@@ -94,20 +97,19 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
                 weights = mask_keys(weights, start_m, block.start_n, call, SPEC, 0.0)
             weights = mark(weights, bits, SPEC)
             wait_empty(channels.dscores, step)
-            leave(channels, step, 0, narrow(weights * derivative, q.dtype))
-            weights = narrow(weights, q.dtype)
+            leave(channels, step, 0, narrow(weights * derivative, q.block.dtype))
+            weights = narrow(weights, q.block.dtype)
             if tiles_of_weights(SPEC) == 2:
                 leave(channels, step, 1, weights)
             hand_over(channels.dscores, step)
             operand = gl.convert_layout(unmarked(weights, SPEC), operand_layout(SPEC.BLOCK_DV))
             wait_full(channels.dout, step)
-            dv = warpgroup_mma(operand, dout, dv, is_async=True)
-            dv = warpgroup_mma_wait(0, deps=[dv])
+            dv = wait_sums(accumulate(operand, dout, dv, SPEC.TAIL_DV), SPEC.TAIL_DV)
             release(channels.q, step)
             step += 1
     release(channels.k, 0)
     mbarrier.wait(channels.v.empty.index(0), 0)  # the other consumer is done with V
-    store_rows(gradients.dv, channels.v, 0, dv, block, block.start_n, SPEC, WHOLE)
+    store_rows(gradients.dv, channels.v, 0, dv, block, block.start_n, SPEC, WHOLE, SPEC.TAIL_DV)
     tma.store_wait(0)
 
 
@@ -117,18 +119,18 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     WHOLE: gl.constexpr = 0
     block = block_of(gl.program_id(0), call, SPEC, TILE)
-    dk = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
+    dk = new_sums(SPEC.BLOCK_D, SPEC.TAIL_D)
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
-    v = tile_of(channels.v.tiles, channels.v, 0, 0)
+    v = columns_of(channels.v, 0, 0, SPEC.TAIL_DV)
     wait_full(channels.v, 0)
     step = 0
     for member in range(call.group):
         head = block.head_kv * call.group + member
         dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
         for _ in range(block.first, block.last):
-            q = tile_of(channels.q.tiles, channels.q, step, 0)
-            dout = tile_of(channels.dout.tiles, channels.dout, step, 0)
+            q = columns_of(channels.q, step, 0, SPEC.TAIL_D)
+            dout = columns_of(channels.dout, step, 0, SPEC.TAIL_DV)
             wait_full(channels.q, step)
             dweights = multiply_values(channels, v, dout, zero, step, SPEC)
             wait_full(channels.dscores, step)
@@ -142,20 +144,23 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
                 dbias += gl.sum(bias_gradients(weights, dweights, channels, step, SPEC), 1)
             dscores = score_gradients(factors, dweights, channels, step, SPEC)
             operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
-            dk = warpgroup_mma(operand, q, dk, is_async=True)
-            dk = warpgroup_mma_wait(0, deps=[dk])
+            dk = wait_sums(accumulate(operand, q, dk, SPEC.TAIL_D), SPEC.TAIL_D)
             release(channels.q, step)
             step += 1
         if SPEC.DBIAS == "keys":
             store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
     release(channels.v, 0)
     mbarrier.wait(channels.k.empty.index(0), 0)  # the other consumer is done with K
-    store_rows(gradients.dk, channels.k, 0, dk * call.softmax_scale, block, block.start_n, SPEC, WHOLE)
+    dk = scaled(dk, call.softmax_scale, SPEC.TAIL_D)
+    store_rows(gradients.dk, channels.k, 0, dk, block, block.start_n, SPEC, WHOLE, SPEC.TAIL_D)
     tma.store_wait(0)
 
 
 @gluon.jit
-def attention_bwd_wide(q, k, v, dout, rows, bias, dk, dv, dbias, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def attention_bwd_wide(
+    q, q_tail, k, k_tail, v, v_tail, dout, dout_tail, rows, bias, dk, dk_tail, dv, dv_tail, dbias, call,
+    SPEC: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
     """dK = softmax_scale dS^T Q and dV = P^T dO, summed over the query heads that share a key head.
 
     Grid: one program for each block of 64 keys of each key head of each batch entry. It owns these rows of `dk` and
@@ -164,8 +169,8 @@ def attention_bwd_wide(q, k, v, dout, rows, bias, dk, dv, dbias, call, SPEC: gl.
     """
     if SPEC.VARLEN:
         call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
-    inputs = Inputs(q, k, v, dout, rows, bias)
-    gradients = Gradients(0, dk, dv, dbias)
+    inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), rows, bias)
+    gradients = Gradients(0, Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
     channels = new_channels(inputs, None, SPEC, TILE, 2, tiles_of_weights(SPEC))
     fence_async_shared()
     gl.warp_specialize(

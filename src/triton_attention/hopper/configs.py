@@ -133,10 +133,15 @@ ROWS = (
 )
 
 
+def padded_head_dim(spec: Spec | BackwardSpec) -> int:
+    """The larger head dimension, as kernels compute it."""
+    return max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)
+
+
 @lru_cache(1024)  # lengths are many
 def tile_for(spec: Spec, bias_size: int, seqlen_k: int) -> Tile:
     """The tile of the first row that matches; `bias_size` is that of one number of the bias, 0 without one."""
-    head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)
+    head_dim = padded_head_dim(spec)
     matrix = spec.BIAS_ROWS and spec.BIAS_COLS
     banded = spec.HAS_LOWER or spec.HAS_UPPER
     for row in ROWS:
@@ -160,8 +165,10 @@ REGISTER_HEAD_DIM = 128  # above it a warpgroup's registers do not hold both dk 
 class BackwardSpec:
     """What a backward kernel computes."""
 
-    BLOCK_D: int  # the head dimensions, padded to powers of two
+    BLOCK_D: int  # the head dimensions as one power of two, or two: BLOCK + TAIL
+    TAIL_D: int
     BLOCK_DV: int
+    TAIL_DV: int
     HAS_LOWER: bool
     HAS_UPPER: bool
     BIAS: str = "none"  # or "added" or "mask": one that varies along the keys
@@ -208,8 +215,9 @@ class RowsSpec:
 
     HEAD_DIM: int
     HEAD_DIM_V: int
-    BLOCK_D: int
-    BLOCK_DV: int
+    BLOCK_D: int  # of the sums of dq, which lie as BLOCK + TAIL columns
+    TAIL_D: int
+    BLOCK_DV: int  # one power of two
     VARLEN: bool = False
     DROPOUT: bool = False
 
@@ -313,7 +321,7 @@ def queries_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> Queri
 
 
 def _first_row(rows: Iterable[_Row], spec: BackwardSpec, bias_size: int, seqlen_k: int) -> _Row:
-    head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
+    head_dim = padded_head_dim(spec)
     size = bias_size if spec.BIAS_ROWS else 0
     return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size and seqlen_k in row.seqlen_k)
 
@@ -326,7 +334,8 @@ def _crowding(spec: BackwardSpec) -> int:
 def takes_turns(spec: BackwardSpec) -> bool:
     """Whether a program of the kernel that owns keys takes one block of them after the other: packed sequences have a
     program a block, and the kernel for wide heads."""
-    return not spec.VARLEN and max(spec.BLOCK_D, spec.BLOCK_DV) <= REGISTER_HEAD_DIM
+    head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)  # kernels ask too, and call nothing plain
+    return not spec.VARLEN and head_dim <= REGISTER_HEAD_DIM
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:

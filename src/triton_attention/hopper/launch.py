@@ -28,6 +28,7 @@ from triton_attention.hopper.operands import (
     relative_bounds,
     row_descriptors,
     softcap_of,
+    split_columns,
     with_aligned_rows,
 )
 from triton_attention.hopper.plan_backward import BackwardPlan, plan_backward
@@ -161,10 +162,10 @@ def plan_forward(
         bias = bias.expand(batch, heads, seqlen_q, seqlen_k)
     capped, sloped = extras.softcap > 0.0, extras.alibi_slopes is not None
     spec = Spec(
-        BLOCK_D=_split(head_dim)[0],
-        BLOCK_DV=_split(head_dim_v)[0],
-        TAIL_D=_split(head_dim)[1],
-        TAIL_DV=_split(head_dim_v)[1],
+        BLOCK_D=split_columns(head_dim)[0],
+        BLOCK_DV=split_columns(head_dim_v)[0],
+        TAIL_D=split_columns(head_dim)[1],
+        TAIL_DV=split_columns(head_dim_v)[1],
         HAS_LOWER=mask.left is not None,
         HAS_UPPER=mask.right is not None,
         BIAS="none" if bias is None else "mask" if bias.dtype == torch.uint8 else "added",
@@ -228,17 +229,6 @@ def _section(spec: Spec, batch: int, heads: int, group: int, seqlen_k: int) -> i
 
 
 _CALL_TYPES = Call("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32")
-
-
-def _split(head_dim: int) -> tuple[int, int]:
-    """A head dimension as two powers of two, the larger first, that hold it; the second is 0 where one is enough."""
-    whole = max(32, 1 << (head_dim - 1).bit_length())
-    if whole == 256:
-        rest = head_dim - 128
-        return 128, max(32, 1 << (rest - 1).bit_length())
-    if whole == 128 and head_dim <= 96:
-        return 64, 16 if head_dim <= 80 else 32
-    return whole, 0
 
 
 @lru_cache

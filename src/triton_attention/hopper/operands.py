@@ -34,6 +34,17 @@ _ROUND = 2**64  # numbers of two bytes: a multiple of the addresses that there a
 _SOFTCAPS = (1e-30, 1e30)  # beyond these a softcap or its reciprocal leaves float32, and no score tells them apart
 
 
+def split_columns(head_dim: int) -> tuple[int, int]:
+    """A head dimension as two powers of two, the larger first, that hold it; the second is 0 where one is enough."""
+    whole = max(32, 1 << (head_dim - 1).bit_length())
+    if whole == 256:
+        rest = head_dim - 128
+        return 128, max(32, 1 << (rest - 1).bit_length())
+    if whole == 128 and head_dim <= 96:
+        return 64, 16 if head_dim <= 80 else 32
+    return whole, 0
+
+
 def with_aligned_rows(tensor: Tensor) -> Tensor:
     if has_aligned_rows(tensor):
         return tensor

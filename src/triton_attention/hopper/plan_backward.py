@@ -35,6 +35,7 @@ from triton_attention.hopper.configs import (
     RowsTile,
     bias_gradient_tile,
     keys_tile_for,
+    padded_head_dim,
     queries_tile_for,
     takes_turns,
 )
@@ -47,6 +48,7 @@ from triton_attention.hopper.operands import (
     relative_bounds,
     row_descriptors,
     softcap_of,
+    split_columns,
 )
 from triton_attention.hopper.rows import PANEL, Strided, attention_bwd_dq, attention_bwd_rows
 from triton_attention.kernel import Launch
@@ -122,7 +124,7 @@ def plan_backward(
     """
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
-    block_d, block_dv = _padded(head_dim), _padded(head_dim_v)
+    columns, columns_v = _columns(head_dim), _columns(head_dim_v)
     matrices, group, blocks_m = batch * heads, heads // heads_kv, ceil_div(seqlen_q, _ROWS)
     bounds = mask.bounds(seqlen_q, seqlen_k)
     packing, packed = extras.packing, extras.packing is not None
@@ -136,13 +138,13 @@ def plan_backward(
     kind = _kind_of_dbias(bias, q, extras) if needs_dbias and bias is not None else "none"
     dbias = _new_dbias(kind, bias, dlse, lse, mask)
     spec = BackwardSpec(
-        block_d, block_dv, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
+        *columns, *columns_v, mask.left is not None, mask.right is not None, addend.kind, addend.varies_along_queries,
         SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, DROPOUT=extras.seed is not None,
         VARLEN=packed,
     )  # fmt: skip
-    adds_dq = not deterministic and takes_turns(spec) and block_d == block_dv  # dk takes the way of dv
+    adds_dq = not deterministic and takes_turns(spec) and columns == columns_v  # dk takes the way of dv
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
-    row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
+    row_bytes = (8 if adds_dq else 4) * sum(columns)  # of q and dout, and of the sums of dq
     bytes_of_queries = row_bytes * ceil_div(seqlen_q, _ROWS) * _ROWS * group
     section, last_section = 1, 1
     if mask.right is not None:
@@ -163,12 +165,12 @@ def plan_backward(
     tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, counter, call, num_sms)
 
     row_programs = blocks_m * matrices
-    rows_spec = RowsSpec(head_dim, head_dim_v, block_d, block_dv, packed, spec.DROPOUT)
-    variant = (rows_spec, RowsTile(_ROWS, min(block_d, 64)))
+    rows_spec = RowsSpec(head_dim, head_dim_v, *columns, _padded(head_dim_v), packed, spec.DROPOUT)
+    variant = (rows_spec, RowsTile(_ROWS, min(spec.BLOCK_D, 64)))
     dlse_argument = ABSENT if dlse is None else flat(dlse)
     results = (_strided(out, packed), _strided(dout, packed), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
     if adds_dq:
-        sums = q.new_empty(1, 1, batch * heads * blocks_m * _ROWS * block_d // _PANEL, _PANEL, dtype=torch.float32)
+        sums = q.new_empty(1, 1, matrices * blocks_m * _ROWS * sum(columns) // _PANEL, _PANEL, dtype=torch.float32)
         spec_of_keys = replace(spec, DBIAS=kind if kind in ("keys", "tile") else "none", DQ="added")
         launches = [
             Launch(attention_bwd_rows, row_programs, (*results, flat(sums), counter, call), *variant),
@@ -208,39 +210,40 @@ class _Tensors(NamedTuple):
     def launch_of_keys(self, spec: BackwardSpec, dq_sums: Tensor | None) -> Launch:
         """The kernel for dk and dv."""
         tile = keys_tile_for(spec, self.addend.size, self.k.shape[1])
+        columns, columns_v = (spec.BLOCK_D, spec.TAIL_D), (spec.BLOCK_DV, spec.TAIL_DV)
         inputs = (
-            _rows_of(self.q, _ROWS, spec.BLOCK_D, spec.VARLEN),
-            _rows_of(self.k, _ROWS, spec.BLOCK_D, spec.VARLEN),
-            _rows_of(self.v, _ROWS, spec.BLOCK_DV, spec.VARLEN),
-            _rows_of(self.dout, _ROWS, spec.BLOCK_DV, spec.VARLEN),
+            *row_descriptors(self.q, _ROWS, *columns, spec.VARLEN),
+            *row_descriptors(self.k, _ROWS, *columns, spec.VARLEN),
+            *row_descriptors(self.v, _ROWS, *columns_v, spec.VARLEN),
+            *row_descriptors(self.dout, _ROWS, *columns_v, spec.VARLEN),
             descriptor(self.rows, 1, _ROWS),
             self.addend.of_keys(_ROWS),
         )
         gradients = (
-            _rows_of(self.dk, _ROWS, spec.BLOCK_D, spec.VARLEN),
-            _rows_of(self.dv, _ROWS, spec.BLOCK_DV, spec.VARLEN),
+            *row_descriptors(self.dk, _ROWS, *columns, spec.VARLEN),
+            *row_descriptors(self.dv, _ROWS, *columns_v, spec.VARLEN),
             self._dbias_argument(spec, _ROWS),
         )
         heads_kv = self.k.shape[2]
         blocks = self._blocks_of(self.k, _ROWS * tile.CONSUMERS) * heads_kv
-        if max(spec.BLOCK_D, spec.BLOCK_DV) > REGISTER_HEAD_DIM:
+        if padded_head_dim(spec) > REGISTER_HEAD_DIM:
             return Launch(attention_bwd_wide, blocks, (*inputs, *gradients, self.call), spec, tile)
         programs = blocks if self.counter is ABSENT else min(blocks, self.num_sms)
-        piece = _ROWS * min(spec.BLOCK_D, 64) // _PANEL  # rows of the matrix as which 64 columns of the sums lie
-        dq = ABSENT if dq_sums is None else descriptor(dq_sums, piece, _PANEL)
-        return Launch(attention_bwd, programs, (*inputs, dq, *gradients, self.counter, self.call), spec, tile)
+        dq = (ABSENT, ABSENT) if dq_sums is None else _pieces_of(dq_sums, *columns)
+        return Launch(attention_bwd, programs, (*inputs, *dq, *gradients, self.counter, self.call), spec, tile)
 
     def launch_of_queries(self, spec: BackwardSpec) -> Launch:
         """The kernel for dq, where that for dk and dv does not add it up."""
         tile = queries_tile_for(spec, self.addend.size, self.k.shape[1])
+        columns, columns_v = (spec.BLOCK_D, spec.TAIL_D), (spec.BLOCK_DV, spec.TAIL_DV)
         arguments = (
-            _rows_of(self.q, _ROWS, spec.BLOCK_D, spec.VARLEN),
-            _rows_of(self.k, tile.BLOCK_N, spec.BLOCK_D, spec.VARLEN),
-            _rows_of(self.v, tile.BLOCK_N, spec.BLOCK_DV, spec.VARLEN),
-            _rows_of(self.dout, _ROWS, spec.BLOCK_DV, spec.VARLEN),
+            *row_descriptors(self.q, _ROWS, *columns, spec.VARLEN),
+            *row_descriptors(self.k, tile.BLOCK_N, *columns, spec.VARLEN),
+            *row_descriptors(self.v, tile.BLOCK_N, *columns_v, spec.VARLEN),
+            *row_descriptors(self.dout, _ROWS, *columns_v, spec.VARLEN),
             flat(self.rows),
             self.addend.of_keys(tile.BLOCK_N),
-            _rows_of(self.dq, _ROWS, spec.BLOCK_D, spec.VARLEN),
+            *row_descriptors(self.dq, _ROWS, *columns, spec.VARLEN),
             self._dbias_argument(spec, tile.BLOCK_N),
             self.call,
         )
@@ -322,7 +325,7 @@ def _plan_shared_dbias(
     tiles = ceil_div(seqlen_q, _TILE_M) * ceil_div(seqlen_k, _TILE_N) * matrices
     splits = _splits(tiles, batch * heads // matrices, num_sms)
     sharing = Sharing(bias.shape[1], batch // bias.shape[0], heads // bias.shape[1], splits)
-    head_dim = max(spec.BLOCK_D, spec.BLOCK_DV)
+    head_dim = padded_head_dim(spec)
     columns = min(64, head_dim)
     dtype = bias.dtype if splits == 1 else torch.float32
     dbias = _with_whole_rows(bias.new_empty, (splits * bias.shape[0], *bias.shape[1:]), dtype)
@@ -355,9 +358,16 @@ def _splits(tiles: int, sharers: int, num_sms: int) -> int:
     return next(splits for splits, time in times.items() if time <= 1.05 * shortest)
 
 
-def _rows_of(tensor: Tensor, rows: int, columns: int, packed: bool = False) -> Argument:
+def _rows_of(tensor: Tensor, rows: int, columns: int) -> Argument:
     """Tiles of a (batch, seqlen, heads, head_dim) tensor."""
-    return row_descriptors(tensor, rows, columns, 0, packed)[0]
+    return row_descriptors(tensor, rows, columns, 0)[0]
+
+
+def _pieces_of(dq_sums: Tensor, block_d: int, tail_d: int) -> tuple[Argument, Argument]:
+    """The rows of the matrix as which 64 columns of the sums of dq lie, or all of a narrower block, and those of the
+    tail."""
+    block = descriptor(dq_sums, _ROWS * min(block_d, 64) // _PANEL, _PANEL)
+    return block, descriptor(dq_sums, _ROWS * tail_d // _PANEL, _PANEL) if tail_d else ABSENT
 
 
 def _kind_of_dbias(bias: Tensor, q: Tensor, extras: Extras) -> str:
@@ -372,6 +382,12 @@ def _kind_of_dbias(bias: Tensor, q: Tensor, extras: Extras) -> str:
 
 def _padded(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
+
+
+def _columns(head_dim: int) -> tuple[int, int]:
+    """As what a head dimension is computed: BLOCK and TAIL; one of 256 whole, which a warpgroup has registers for."""
+    block, tail = split_columns(head_dim)
+    return (2 * block, 0) if tail == block else (block, tail)
 
 
 def _strided(tensor: Tensor, packed: bool) -> Argument:

@@ -59,6 +59,11 @@ def load_rows(tensor, batch, head, start_m, seqlen, DIM: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
+def zero_sums(sums, SIZE: tl.constexpr):
+    tl.store(sums + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
+
+
+@triton.jit
 def attention_bwd_rows(
     out, dout, lse, dlse, bias, rows, dq_sums, counter, call, SPEC: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -115,10 +120,27 @@ def attention_bwd_rows(
     tl.store(target, tl.where(empty, INFINITY, not_below(lse_rows * LOG2_E)))
     tl.store(target + num_blocks * BLOCK_M, negative_delta)
     if dq_sums is not None:
-        SUMS: tl.constexpr = BLOCK_M * SPEC.BLOCK_D
-        tl.store(dq_sums + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
+        sums = dq_sums + tl.program_id(0).to(tl.int64) * (BLOCK_M * (SPEC.BLOCK_D + SPEC.TAIL_D))
+        zero_sums(sums, BLOCK_M * SPEC.BLOCK_D)
+        if SPEC.TAIL_D > 0:
+            zero_sums(sums + BLOCK_M * SPEC.BLOCK_D, BLOCK_M * SPEC.TAIL_D)
     if counter is not None:
         tl.store(counter, 0, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def store_sums(
+    sums, dq, pointers, exists, first, call, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store the columns [first, first + WIDTH) of dQ, whose sums lie in pieces of some COLUMNS."""
+    sums = tl.load(sums + tl.arange(0, BLOCK_M * WIDTH))
+    # (piece, 64 rows, 8 columns, warp, row of 8, column of 8 / 2, row + 8, column of 2)
+    sums = sums.reshape([WIDTH // COLUMNS, BLOCK_M // 64, COLUMNS // 8, 4, 8, 4, 2, 2])
+    sums = sums.permute((1, 3, 6, 4, 0, 2, 5, 7)).reshape([BLOCK_M, WIDTH]) * call.softmax_scale
+    dims = first + tl.arange(0, WIDTH)
+    inside = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers[:, None] + dims[None, :], sums.to(dq.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -129,14 +151,13 @@ def attention_bwd_dq(dq_sums, dq, call, SPEC: tl.constexpr, TILE: tl.constexpr):
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
-    COLUMNS: tl.constexpr = TILE.DQ_COLUMNS
+    TAIL_D: tl.constexpr = SPEC.TAIL_D
     block, head, batch = place(tl.cdiv(call.seqlen_q, BLOCK_M), call)
-    sums = tl.load(dq_sums + tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D))
-    # (piece, 64 rows, 8 columns, warp, row of 8, column of 8 / 2, row + 8, column of 2)
-    sums = sums.reshape([BLOCK_D // COLUMNS, BLOCK_M // 64, COLUMNS // 8, 4, 8, 4, 2, 2])
-    sums = sums.permute((1, 3, 6, 4, 0, 2, 5, 7)).reshape([BLOCK_M, BLOCK_D]) * call.softmax_scale
+    sums = dq_sums + tl.program_id(0).to(tl.int64) * (BLOCK_M * (BLOCK_D + TAIL_D))
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    pointers = dq.ptr + batch * dq.batch + head * dq.head + rows.to(tl.int64)[:, None] * dq.row + dims[None, :]
-    inside = (rows < call.seqlen_q)[:, None] & (dims < SPEC.HEAD_DIM)[None, :]
-    tl.store(pointers, sums.to(dq.ptr.dtype.element_ty), mask=inside)
+    exists = rows < call.seqlen_q
+    pointers = dq.ptr + batch * dq.batch + head * dq.head + rows.to(tl.int64) * dq.row
+    store_sums(sums, dq, pointers, exists, 0, call, BLOCK_M, BLOCK_D, TILE.DQ_COLUMNS, SPEC.HEAD_DIM)
+    if TAIL_D > 0:
+        sums += BLOCK_M * BLOCK_D
+        store_sums(sums, dq, pointers, exists, BLOCK_D, call, BLOCK_M, TAIL_D, TAIL_D, SPEC.HEAD_DIM)
