@@ -34,8 +34,8 @@ from triton_attention.hopper.channel import (
     wait_full,
     whole_tile,
 )
-from triton_attention.hopper.columns import copy_columns
-from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
+from triton_attention.hopper.columns import copy_columns, new_sums
+from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import place_of_keys, place_of_queries
 
@@ -110,44 +110,51 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def leave_piece(tile, dq):
-    """Store some columns of dS K in the order in which the threads of a warpgroup hold them, so that none waits for
-    another's bank of shared memory: `attention_bwd_dq` puts them in order."""
-    ROWS: gl.constexpr = tile.shape[2]
-    BLOCK_M: gl.constexpr = dq.shape[0]
+def dscores_of(channels, step, PART: gl.constexpr, HALF: gl.constexpr):
+    """The HALF-th 64 queries of dS that a consumer left."""
+    START: gl.constexpr = HALF * WARPGROUP_ROWS
+    return tile_of(channels.dscores.tiles, channels.dscores, step, PART).slice(START, WARPGROUP_ROWS)
+
+
+@gluon.jit
+def leave_piece(tile, dq, HALF: gl.constexpr):
+    """Store some columns of dS K of the HALF-th 64 queries in the order in which the threads of a warpgroup hold them,
+    so that none waits for another's bank of shared memory: `attention_bwd_dq` puts them in order."""
     COLUMNS: gl.constexpr = dq.shape[1]
-    dq = dq.reshape([BLOCK_M // 64, 4, 2, 8, COLUMNS // 8, 4, 2])
-    dq = dq.permute((0, 4, 1, 3, 5, 2, 6)).reshape([ROWS, PANEL])
-    tile.reshape([ROWS, PANEL]).store(dq)
+    ROWS: gl.constexpr = WARPGROUP_ROWS * COLUMNS // PANEL
+    START: gl.constexpr = HALF * ROWS
+    dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([ROWS, PANEL])
+    tile.reshape([tile.shape[2], PANEL]).slice(START, ROWS).store(dq)
 
 
 @gluon.jit
 def multiply_keys(channels, staging, step, i, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Leave dS K of a step and of the i-th block of keys in `staging`: pieces with some of its columns each."""
-    BLOCK_M: gl.constexpr = TILE.BLOCK_M
     PARTS: gl.constexpr = TILE.CONSUMERS
+    HALVES: gl.constexpr = TILE.BLOCK_M // WARPGROUP_ROWS
     PIECES: gl.constexpr = staging.block.shape[0]
     COLUMNS: gl.constexpr = SPEC.BLOCK_D // PIECES
     K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
-    zero = gl.full([BLOCK_M, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS))
+    zero = new_sums(COLUMNS, SPEC.TAIL_D)
     for piece in range(PIECES):
-        dq = zero
-        for part in gl.static_range(PARTS):
-            dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
-            k = tile_of(channels.k.tiles, channels.k, i, part)
-            k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
-            dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=[dq])
-        if piece == 0:
-            tma.store_wait(0)  # the copies of the step before, and of dbias, have read
-        leave_piece(staging.block.index(piece), dq)
+        for half in gl.static_range(HALVES):
+            dq = zero.block
+            for part in gl.static_range(PARTS):
+                k = tile_of(channels.k.tiles, channels.k, i, part)
+                k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
+                dq = warpgroup_mma(dscores_of(channels, step, part, half), k, dq, use_acc=part > 0, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            if half == 0:
+                if piece == 0:
+                    tma.store_wait(0)  # the copies of the step before, and of dbias, have read
+            leave_piece(staging.block.index(piece), dq, half)
     if SPEC.TAIL_D > 0:
-        dq = gl.full([BLOCK_M, SPEC.TAIL_D], 0.0, gl.float32, accumulator_layout(SPEC.TAIL_D))
-        for part in gl.static_range(PARTS):
-            dscores = tile_of(channels.dscores.tiles, channels.dscores, step, part)
-            k = tile_of(channels.k.tails, channels.k, i, part)
-            dq = warpgroup_mma(dscores, k, dq, use_acc=part > 0, is_async=True)
-        leave_piece(staging.tail.index(0), warpgroup_mma_wait(0, deps=[dq]))
+        for half in gl.static_range(HALVES):
+            dq = zero.tail
+            for part in gl.static_range(PARTS):
+                k = tile_of(channels.k.tails, channels.k, i, part)
+                dq = warpgroup_mma(dscores_of(channels, step, part, half), k, dq, use_acc=part > 0, is_async=True)
+            leave_piece(staging.tail.index(0), warpgroup_mma_wait(0, deps=[dq]), half)
 
 
 @gluon.jit

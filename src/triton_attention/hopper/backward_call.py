@@ -26,6 +26,7 @@ class BackwardCall(NamedTuple):
     upper: object
     softmax_scale: object
     scale: object  # of q k^T: softmax_scale * log2(e), or if SPEC.SOFTCAP softmax_scale / softcap
+    padded_q: object  # queries that have numbers, see `attention_bwd_rows`: of a matrix, or of all packed sequences
     extras: object = None  # what few calls have, a heads.Extras
     packing: object = None  # of packed sequences, a schedule.Packing
     own: object = None  # and in a program an `OwnBlock`; see `call_of_own_block`
@@ -112,6 +113,6 @@ def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC:
         diagonal = (limits.seqlen_k - limits.seqlen_q) * packing.bottom_right
     return BackwardCall(
         seqlen_q, seqlen_k, call.heads_q, call.group, call.batch, call.section, call.last_section, limits.lower,
-        limits.upper, call.softmax_scale, call.scale, Extras(softcap, slopes, diagonal, 0, 0, 0, 0), packing,
-        OwnBlock(start, head, batch, sequence, numbers),
+        limits.upper, call.softmax_scale, call.scale, call.padded_q, Extras(softcap, slopes, diagonal, 0, 0, 0, 0),
+        packing, OwnBlock(start, head, batch, sequence, numbers),
     )  # fmt: skip

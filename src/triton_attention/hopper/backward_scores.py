@@ -10,29 +10,25 @@ from triton_attention.hopper.channel import wait_full
 from triton_attention.hopper.columns import multiply_transposed
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.narrow import multiply_marked, multiply_narrow, widen
-from triton_attention.hopper.schedule import first_tile
 from triton_attention.hopper.softmax import INFINITY, LOG2_E, add_bias, cap_scores, distances
 
 
 @gluon.jit
 def rows_origin(batch, head, call, SPEC: gl.constexpr):
-    """(where the two numbers of each of a head's queries begin, how many rows there are with the padding)."""
+    """Where the two numbers of each of a head's queries begin."""
     if SPEC.VARLEN:
-        padded = (first_tile(call.packing.total_q, call.batch, WARPGROUP_ROWS) + 1) * WARPGROUP_ROWS
-        origin = head.to(gl.int64) * 2 * padded + call.own.numbers
+        origin = head.to(gl.int64) * 2 * call.padded_q + call.own.numbers
     else:
-        padded = gl.cdiv(call.seqlen_q, WARPGROUP_ROWS) * WARPGROUP_ROWS
-        origin = (batch * call.heads_q + head).to(gl.int64) * 2 * padded
-    return origin, padded
+        origin = (batch * call.heads_q + head).to(gl.int64) * 2 * call.padded_q
+    return origin
 
 
 @gluon.jit
 def load_query_numbers(rows, batch, head, queries, call, SPEC: gl.constexpr):
     """(lse, -delta) of the queries of these numbers: those that do not exist get probabilities of 0."""
-    origin, padded = rows_origin(batch, head, call, SPEC)
-    pointers = rows + origin + queries
+    pointers = rows + rows_origin(batch, head, call, SPEC) + queries
     lse = gl.load(pointers, mask=queries < call.seqlen_q, other=INFINITY)
-    return lse, gl.load(pointers + padded, mask=queries < call.seqlen_q, other=0.0)
+    return lse, gl.load(pointers + call.padded_q, mask=queries < call.seqlen_q, other=0.0)
 
 
 @gluon.jit

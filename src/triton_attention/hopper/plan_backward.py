@@ -31,6 +31,7 @@ from triton_attention.hopper.bias_gradient import BLOCK_M, BLOCK_N, Sharing, att
 from triton_attention.hopper.configs import (
     REGISTER_HEAD_DIM,
     BackwardSpec,
+    BackwardTile,
     RowsSpec,
     RowsTile,
     bias_gradient_tile,
@@ -61,7 +62,7 @@ _SPLITS_OF_SEVERAL_ROUNDS = 8  # at most; each is a float32 copy of the gradient
 _ROWS = WARPGROUP_ROWS.value
 _PANEL = PANEL.value
 _TILE_M, _TILE_N = BLOCK_M.value, BLOCK_N.value
-_CALL_TYPES = BackwardCall("i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "fp32")
+_CALL_TYPES = BackwardCall(*("i32",) * 9, "fp32", "fp32", "i32")
 
 
 class SinkRows(NamedTuple):
@@ -125,12 +126,11 @@ def plan_backward(
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
     columns, columns_v = _columns(head_dim), _columns(head_dim_v)
-    matrices, group, blocks_m = batch * heads, heads // heads_kv, ceil_div(seqlen_q, _ROWS)
+    matrices, group = batch * heads, heads // heads_kv
     bounds = mask.bounds(seqlen_q, seqlen_k)
     packing, packed = extras.packing, extras.packing is not None
     if packing is not None:
         bounds = relative_bounds(mask, seqlen_q, seqlen_k)
-        blocks_m = first_tile(seqlen_q, packing.batch, _ROWS) + 1
         batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
@@ -143,9 +143,14 @@ def plan_backward(
         VARLEN=packed,
     )  # fmt: skip
     adds_dq = not deterministic and takes_turns(spec) and columns == columns_v  # dk takes the way of dv
-    rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
+    dbias_of_keys = kind if kind == "keys" or (kind == "tile" and adds_dq) else "none"  # a tile comes with dq
+    spec_of_keys = replace(spec, DBIAS=dbias_of_keys, DQ="added" if adds_dq else "apart")
+    tile_of_keys = keys_tile_for(spec_of_keys, addend.size, k.shape[1])
+    block_m = tile_of_keys.BLOCK_M
+    blocks_m = ceil_div(seqlen_q, block_m) if packing is None else first_tile(q.shape[1], batch, block_m) + 1
+    rows = q.new_empty(q.shape[0], heads, 2, blocks_m * block_m, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * sum(columns)  # of q and dout, and of the sums of dq
-    bytes_of_queries = row_bytes * ceil_div(seqlen_q, _ROWS) * _ROWS * group
+    bytes_of_queries = row_bytes * ceil_div(seqlen_q, block_m) * block_m * group
     section, last_section = 1, 1
     if mask.right is not None:
         section = max(1, _SECTION_BYTES // bytes_of_queries)
@@ -157,8 +162,8 @@ def plan_backward(
     sequences = packing_argument(packing, q.shape[1], k.shape[1], mask)
     numbers = BackwardCall(
         seqlen_q, seqlen_k, heads, group, batch, min(section, matrices // group), last_section, *bounds, softmax_scale,
-        softmax_scale / softcap_of(extras) if spec.SOFTCAP else softmax_scale * _LOG2_E, kernel_extras.value,
-        sequences.value,
+        softmax_scale / softcap_of(extras) if spec.SOFTCAP else softmax_scale * _LOG2_E, blocks_m * block_m,
+        kernel_extras.value, sequences.value,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type, packing=sequences.type))
     counter = Argument(q.new_empty(1, dtype=torch.int32), "*i32:16") if takes_turns(spec) else ABSENT
@@ -166,21 +171,20 @@ def plan_backward(
 
     row_programs = blocks_m * matrices
     rows_spec = RowsSpec(head_dim, head_dim_v, *columns, _padded(head_dim_v), packed, spec.DROPOUT)
-    variant = (rows_spec, RowsTile(_ROWS, min(spec.BLOCK_D, 64)))
+    variant = (rows_spec, RowsTile(block_m, min(spec.BLOCK_D, 64)))
     dlse_argument = ABSENT if dlse is None else flat(dlse)
     results = (_strided(out, packed), _strided(dout, packed), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
     if adds_dq:
-        sums = q.new_empty(1, 1, matrices * blocks_m * _ROWS * sum(columns) // _PANEL, _PANEL, dtype=torch.float32)
-        spec_of_keys = replace(spec, DBIAS=kind if kind in ("keys", "tile") else "none", DQ="added")
+        sums = q.new_empty(1, 1, matrices * blocks_m * block_m * sum(columns) // _PANEL, _PANEL, dtype=torch.float32)
         launches = [
             Launch(attention_bwd_rows, row_programs, (*results, flat(sums), counter, call), *variant),
-            tensors.launch_of_keys(spec_of_keys, sums),
+            tensors.launch_of_keys(spec_of_keys, tile_of_keys, sums),
             Launch(attention_bwd_dq, row_programs, (flat(sums), _strided(dq, packed), call), *variant),
         ]
     else:
         launches = [
             Launch(attention_bwd_rows, row_programs, (*results, ABSENT, counter, call), *variant),
-            tensors.launch_of_keys(replace(spec, DBIAS="keys" if kind == "keys" else "none"), None),
+            tensors.launch_of_keys(spec_of_keys, tile_of_keys, None),
             tensors.launch_of_queries(replace(spec, DBIAS="tile" if kind == "tile" else "none")),
         ]
     if bias is not None and kind == "shared":
@@ -207,29 +211,28 @@ class _Tensors(NamedTuple):
     call: Argument
     num_sms: int
 
-    def launch_of_keys(self, spec: BackwardSpec, dq_sums: Tensor | None) -> Launch:
+    def launch_of_keys(self, spec: BackwardSpec, tile: BackwardTile, dq_sums: Tensor | None) -> Launch:
         """The kernel for dk and dv."""
-        tile = keys_tile_for(spec, self.addend.size, self.k.shape[1])
         columns, columns_v = (spec.BLOCK_D, spec.TAIL_D), (spec.BLOCK_DV, spec.TAIL_DV)
         inputs = (
-            *row_descriptors(self.q, _ROWS, *columns, spec.VARLEN),
+            *row_descriptors(self.q, tile.BLOCK_M, *columns, spec.VARLEN),
             *row_descriptors(self.k, _ROWS, *columns, spec.VARLEN),
             *row_descriptors(self.v, _ROWS, *columns_v, spec.VARLEN),
-            *row_descriptors(self.dout, _ROWS, *columns_v, spec.VARLEN),
-            descriptor(self.rows, 1, _ROWS),
-            self.addend.of_keys(_ROWS),
+            *row_descriptors(self.dout, tile.BLOCK_M, *columns_v, spec.VARLEN),
+            descriptor(self.rows, 1, tile.BLOCK_M),
+            self.addend.of_keys(tile.BLOCK_M, _ROWS),
         )
         gradients = (
             *row_descriptors(self.dk, _ROWS, *columns, spec.VARLEN),
             *row_descriptors(self.dv, _ROWS, *columns_v, spec.VARLEN),
-            self._dbias_argument(spec, _ROWS),
+            self._dbias_argument(spec, tile.BLOCK_M, _ROWS),
         )
         heads_kv = self.k.shape[2]
         blocks = self._blocks_of(self.k, _ROWS * tile.CONSUMERS) * heads_kv
         if padded_head_dim(spec) > REGISTER_HEAD_DIM:
             return Launch(attention_bwd_wide, blocks, (*inputs, *gradients, self.call), spec, tile)
         programs = blocks if self.counter is ABSENT else min(blocks, self.num_sms)
-        dq = (ABSENT, ABSENT) if dq_sums is None else _pieces_of(dq_sums, *columns)
+        dq = (ABSENT, ABSENT) if dq_sums is None else _pieces_of(dq_sums, tile.BLOCK_M, *columns)
         return Launch(attention_bwd, programs, (*inputs, *dq, *gradients, self.counter, self.call), spec, tile)
 
     def launch_of_queries(self, spec: BackwardSpec) -> Launch:
@@ -242,9 +245,9 @@ class _Tensors(NamedTuple):
             *row_descriptors(self.v, tile.BLOCK_N, *columns_v, spec.VARLEN),
             *row_descriptors(self.dout, _ROWS, *columns_v, spec.VARLEN),
             flat(self.rows),
-            self.addend.of_keys(tile.BLOCK_N),
+            self.addend.of_keys(_ROWS, tile.BLOCK_N),
             *row_descriptors(self.dq, _ROWS, *columns, spec.VARLEN),
-            self._dbias_argument(spec, tile.BLOCK_N),
+            self._dbias_argument(spec, _ROWS, tile.BLOCK_N),
             self.call,
         )
         programs = self._blocks_of(self.q, _ROWS * tile.CONSUMERS) * self.q.shape[2]
@@ -256,10 +259,10 @@ class _Tensors(NamedTuple):
         call: Any = self.call.value
         return ceil_div(rows, block) * batch if call.packing is None else first_tile(rows, call.batch, block) + 1
 
-    def _dbias_argument(self, spec: BackwardSpec, block_n: int) -> Argument:
+    def _dbias_argument(self, spec: BackwardSpec, block_m: int, block_n: int) -> Argument:
         if self.dbias is None or spec.DBIAS == "none":
             return ABSENT
-        return flat(self.dbias) if spec.DBIAS == "keys" else descriptor(self.dbias, _ROWS, block_n)
+        return flat(self.dbias) if spec.DBIAS == "keys" else descriptor(self.dbias, block_m, block_n)
 
 
 class _Addend(NamedTuple):
@@ -286,11 +289,11 @@ class _Addend(NamedTuple):
         """A bias that does not vary along the keys: it is taken from lse."""
         return bias_tensor(self.tensor) if self.tensor is not None and self.kind == "none" else ABSENT
 
-    def of_keys(self, block_n: int) -> Argument:
+    def of_keys(self, block_m: int, block_n: int) -> Argument:
         """One that does: tiles, or one number a key."""
         if self.tensor is None or self.kind == "none":
             return ABSENT
-        return descriptor(self.tensor, _ROWS, block_n) if self.varies_along_queries else bias_tensor(self.tensor)
+        return descriptor(self.tensor, block_m, block_n) if self.varies_along_queries else bias_tensor(self.tensor)
 
 
 def _new_dbias(kind: str, bias: Tensor | None, dlse: Tensor | None, lse: Tensor, mask: Mask) -> Tensor | None:
@@ -363,11 +366,11 @@ def _rows_of(tensor: Tensor, rows: int, columns: int) -> Argument:
     return row_descriptors(tensor, rows, columns, 0)[0]
 
 
-def _pieces_of(dq_sums: Tensor, block_d: int, tail_d: int) -> tuple[Argument, Argument]:
+def _pieces_of(dq_sums: Tensor, block_m: int, block_d: int, tail_d: int) -> tuple[Argument, Argument]:
     """The rows of the matrix as which 64 columns of the sums of dq lie, or all of a narrower block, and those of the
     tail."""
-    block = descriptor(dq_sums, _ROWS * min(block_d, 64) // _PANEL, _PANEL)
-    return block, descriptor(dq_sums, _ROWS * tail_d // _PANEL, _PANEL) if tail_d else ABSENT
+    block = descriptor(dq_sums, block_m * min(block_d, 64) // _PANEL, _PANEL)
+    return block, descriptor(dq_sums, block_m * tail_d // _PANEL, _PANEL) if tail_d else ABSENT
 
 
 def _kind_of_dbias(bias: Tensor, q: Tensor, extras: Extras) -> str:
