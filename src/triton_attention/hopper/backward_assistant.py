@@ -36,7 +36,7 @@ from triton_attention.hopper.channel import (
 )
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.rows import PANEL
-from triton_attention.hopper.schedule import place_of_keys, place_of_queries
+from triton_attention.hopper.schedule import first_tile, place_of_keys, place_of_queries
 
 
 @gluon.jit
@@ -137,6 +137,17 @@ def multiply_keys(channels, staging, step, i, SPEC: gl.constexpr, TILE: gl.const
 
 
 @gluon.jit
+def tile_of_sums(batch, head, m, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr):
+    """The number of the tile where dQ of a block of queries is summed; it is that of the program of
+    `attention_bwd_rows` that zeroes it."""
+    if SPEC.VARLEN:
+        tile = head * (first_tile(call.packing.total_q, call.batch, BLOCK_M) + 1) + call.own.numbers // BLOCK_M + m
+    else:
+        tile = (batch * call.heads_q + head) * gl.cdiv(call.seqlen_q, BLOCK_M) + m
+    return tile
+
+
+@gluon.jit
 def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The warpgroup that serves the consumers: it copies their operands, and adds the dS K of the dS that they leave to
     the sum over all keys."""
@@ -148,7 +159,6 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
-    blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
     to_send = first_step(turns, call, SPEC, TILE)
     if EARLY_KEYS:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
@@ -186,7 +196,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                 multiply_keys(channels, staging, step, i, SPEC, TILE)
                 release(channels.dscores, step)
                 fence_async_shared()
-                first_row = ((block.batch * call.heads_q + head) * blocks_m + m) * PIECES * ROWS
+                first_row = tile_of_sums(block.batch, head, m, call, SPEC, BLOCK_M) * PIECES * ROWS
                 for piece in gl.static_range(PIECES):
                     add_to_global(gradients.dq, [0, 0, first_row + piece * ROWS, 0], staging.index(piece))
                 step += 1

@@ -81,8 +81,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed.
 
-    With `deterministic`, and of packed sequences, dq is added up in a fixed order. None where rows are not aligned, and
-    where the backward does not take the extras.
+    With `deterministic` dq is added up in a fixed order. None where rows are not aligned, and where the backward does
+    not take the extras.
 
     `known` is as in `forward`, and stands for the mask and the scale and for the layouts of all tensors.
     """

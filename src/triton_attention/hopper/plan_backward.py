@@ -1,7 +1,7 @@
 """How does a backward call become kernel launches? The plan is as pure as that of the forward.
 
 Two numbers a query first, then the kernel for dk, dv and sums for dq, then dq. Where dq is to be the same in every run,
-where heads are wide, and of packed sequences, dq has a kernel of its own. Where a bias is shared, its gradient has one.
+and where heads are wide, dq has a kernel of its own. Where a bias is shared, its gradient has one.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from triton_attention.problem import Extras, Mask
 
 _LOG2_E = math.log2(math.e)
 _SECTION_BYTES = 24 << 20  # queries, their gradients, and the sums of dq, that stay in L2 together
+_FEW_ROWS = 1 << 14  # of a head, whose sums of dq may be padding
 _SPLITS_OF_SEVERAL_ROUNDS = 8  # at most; each is a float32 copy of the gradient
 _ROWS = WARPGROUP_ROWS.value
 _PANEL = PANEL.value
@@ -140,7 +141,9 @@ def plan_backward(
         SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, DROPOUT=extras.seed is not None,
         VARLEN=packed,
     )  # fmt: skip
-    adds_dq = not deterministic and takes_turns(spec) and block_d == block_dv  # dk takes the way of dv
+    adds_dq = not deterministic and block_d == block_dv <= REGISTER_HEAD_DIM  # dk takes the way of dv
+    if packed and blocks_m * _ROWS > max(2 * q.shape[1], _FEW_ROWS):
+        adds_dq = False  # many short sequences: their sums would be mostly padding
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * _ROWS, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * block_d  # of q and dout, and of the sums of dq
     bytes_of_queries = row_bytes * ceil_div(seqlen_q, _ROWS) * _ROWS * group
@@ -168,7 +171,7 @@ def plan_backward(
     dlse_argument = ABSENT if dlse is None else flat(dlse)
     results = (_strided(out, packed), _strided(dout, packed), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
     if adds_dq:
-        sums = q.new_empty(1, 1, batch * heads * blocks_m * _ROWS * block_d // _PANEL, _PANEL, dtype=torch.float32)
+        sums = q.new_empty(1, 1, row_programs * _ROWS * block_d // _PANEL, _PANEL, dtype=torch.float32)
         spec_of_keys = replace(spec, DBIAS=kind if kind in ("keys", "tile") else "none", DQ="added")
         launches = [
             Launch(attention_bwd_rows, row_programs, (*results, flat(sums), counter, call), *variant),
