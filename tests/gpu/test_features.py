@@ -354,7 +354,16 @@ def test_compiled_dropout_follows_the_generator_and_shares_its_mask_with_the_bac
 
 @needs_hopper
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("others", [{}, {"softcap": 3.0, "alibi": "h", "sink": True}], ids=["alone", "beside-all"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"softcap": 3.0, "alibi": "h", "sink": True},
+        {"lengths": ((333, 408), (70, 30), (0, 65), (5, 0), (129, 64))},
+        {"lengths": ((333, 408), (200, 200), (1, 70)), "softcap": 3.0, "alibi": "h", "sink": True},
+    ],
+    ids=["alone", "beside-all", "packed", "packed-beside-all"],
+)
 @pytest.mark.parametrize("bias", [None, "1hqk", "bhqk", "b11k"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_with_dropout(head_dim, bias, others, deterministic):

@@ -21,6 +21,7 @@ from triton_attention.hopper import (
 )
 from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.plan_backward import plan_backward
+from triton_attention.philox import drop_below, kept_factor
 from triton_attention.problem import Extras, Mask, Packing
 
 CAUSAL = Mask(None, 0)
@@ -39,7 +40,7 @@ def boundaries(lengths):
 class Call:
     """A planned backward of packed sequences, with rows behind the last one, and two query heads to a key head."""
 
-    def __init__(self, lengths, mask, head_dim=64, deterministic=True):
+    def __init__(self, lengths, mask, head_dim=64, deterministic=True, dropout_p=0.0):
         self.lengths = lengths
         self.starts = [boundaries(column) for column in zip(*lengths, strict=True)]
         self.totals = [int(starts[-1]) + unused for starts, unused in zip(self.starts, (70, 130), strict=True)]
@@ -49,6 +50,8 @@ class Call:
         )
         packing = Packing(*self.starts, *map(max, zip(*lengths, strict=True)))
         extras = Extras(packing=packing, alibi_slopes=torch.arange(4.0 * len(lengths)).view(-1, 4), sink=torch.zeros(4))
+        if dropout_p > 0.0:
+            extras = extras._replace(dropout_p=dropout_p, seed=torch.tensor(7))
         lse = torch.zeros(1, 4, total_q)
         self.plan = plan_backward(q, None, q, k, v, None, q, lse, mask, 0.1, False, extras, deterministic, SMS)
         self.rows, self.keys, self.queries = self.plan.launches  # "queries": that of dq
@@ -146,6 +149,16 @@ def test_each_row_has_one_owner_that_visits_what_it_sees(owners_of, lengths, hea
     assert (owners == 1).all()
 
 
+@pytest.mark.parametrize("along_keys", [True, False], ids=["keys", "queries"])
+def test_sequences_share_the_seed_and_the_rate_of_dropout(along_keys):
+    call = Call(LENGTHS[0], CAUSAL, dropout_p=0.3)
+    launch = call.keys if along_keys else call.queries
+    shared = launch.arguments[-1].value.extras
+    for found, _, _ in call.blocks(launch, along_keys):
+        assert found.extras.seed is shared.seed
+        assert found.extras.drop_below == shared.drop_below == drop_below(0.3)
+
+
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_an_assistant_sends_the_steps_that_its_program_has(lengths, mask):
@@ -207,7 +220,8 @@ def starts_of_numbers(call):
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("mask", MASKS[:2], ids=str)
-def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask, dropout_p):
     """And the gradient of a sink, which is made of them; rows that no sequence has may hold anything."""
     starts = [boundaries(column) for column in zip(*lengths, strict=True)]
     longest = list(map(max, zip(*lengths, strict=True)))
@@ -217,7 +231,7 @@ def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
     )
     sink = torch.tensor([0.5, 2.0, -math.inf, -1.0]).double().requires_grad_()
     how = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*starts, *longest), strict=True))
-    how |= {"causal": mask == CAUSAL, "sink": sink, "return_lse": True, "backend": "reference"}
+    how |= {"causal": mask == CAUSAL, "sink": sink, "dropout_p": dropout_p, "return_lse": True, "backend": "reference"}
     out, lse = attention_varlen(q, k, v, **how)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse).masked_fill(lse == -math.inf, 0.0)
     (exact,) = torch.autograd.grad([out, lse.masked_fill(lse == -math.inf, 0.0)], sink, [dout, dlse])
@@ -230,7 +244,8 @@ def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
     out, dout, q = (with_unused_rows(x, math.nan)[None] for x in (out, dout, q))
     lse, dlse = (with_unused_rows(x, math.nan, 1)[None] for x in (lse, dlse))
     k, v = (x[None].bfloat16() for x in (k, v))
-    extras = Extras(packing=Packing(*starts, *longest), sink=sink.detach().float())
+    seed = torch.tensor(1) if dropout_p > 0.0 else None
+    extras = Extras(0.0, None, sink.detach().float(), dropout_p, seed, Packing(*starts, *longest))
     plan = plan_backward(
         dout.bfloat16(), dlse[0], q.bfloat16(), k, v, None, out.bfloat16(), lse, mask, 0.25, False, extras, False, SMS
     )
@@ -238,10 +253,11 @@ def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
     kernel.run(plan.launches[0])
     expected = torch.zeros_like(rows)
     expected[:, :, 0] = math.inf
-    delta = (dlse - (dout.bfloat16().float() * out.bfloat16().float()).sum(-1).transpose(1, 2))[0]
+    factor = kept_factor(dropout_p)
+    delta = (dlse - (dout.bfloat16().float() * out.bfloat16().float()).sum(-1).transpose(1, 2))[0] / factor
     for batch, (start, end) in enumerate(pairwise(starts[0].tolist())):
         first = (start // 64 + batch) * 64
-        of_lse = lse[0, :, start:end] / math.log(2)
+        of_lse = (lse[0, :, start:end] - math.log(factor)) / math.log(2)
         expected[0, :, 0, first : first + end - start] = of_lse.masked_fill(of_lse == -math.inf, math.inf)
         expected[0, :, 1, first : first + end - start] = delta[:, start:end]
     torch.testing.assert_close(rows, expected)

@@ -121,9 +121,8 @@ def backward(
 
 
 def differentiates(extras: Extras, has_bias: bool) -> bool:
-    """Whether the backward kernels take what few calls have: packed sequences with neither a bias nor dropout."""
-    plainly_packed = not has_bias and extras.dropout_p == 0.0
-    return extras.packing is None or plainly_packed
+    """Whether the backward kernels take what few calls have: no bias of packed sequences."""
+    return extras.packing is None or not has_bias
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:

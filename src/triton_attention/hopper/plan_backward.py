@@ -70,14 +70,14 @@ class SinkRows(NamedTuple):
     lse: Tensor
     rows: Tensor  # see `attention_bwd_rows`
     packed: bool
-    kept_factor: float  # of dropout, by which its -delta is divided; 1 for packed sequences, which have none
+    kept_factor: float  # of dropout, by which its -delta is divided
 
     def dscores(self) -> Tensor:
         """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q).
 
         Of packed sequences (1, heads_q, total_q padded), and 0 where there is no query.
         """
-        if self.packed:
+        if self.packed:  # the factor of dropout is in both numbers, and cancels
             lse, negative_delta = self.rows.unbind(2)
             return torch.exp2(self.sink.float()[:, None] * _LOG2_E - lse) * negative_delta
         lse = self.lse.masked_fill(self.lse == -math.inf, math.inf)
