@@ -24,7 +24,7 @@ CHANGES = ({"softcap": 50.0}, {"alibi": "bh"}, {"dropout_p": 0.1})  # of scores 
 EXTRAS = (*CHANGES, {"sink": True}, {"lengths": LENGTHS})
 ALL_EXTRAS = {name: value for extra in EXTRAS for name, value in extra.items()}
 DENSE_EXTRAS = {name: value for name, value in ALL_EXTRAS.items() if name != "lengths"}
-PACKED_EXTRAS = {name: value for name, value in ALL_EXTRAS.items() if name != "dropout_p"}  # that are differentiated
+PACKED_EXTRAS = {name: value for name, value in ALL_EXTRAS.items() if name != "dropout_p"}
 
 
 def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048, **extras):
@@ -56,7 +56,8 @@ LARGER = (
         for extras in (*CHANGES, DENSE_EXTRAS)
     ),
     *(larger(head_dim, CAUSAL, "1hqk", **ALL_EXTRAS) for head_dim in (64, 128)),
-    *(larger(head_dim, WINDOW, **PACKED_EXTRAS) for head_dim in (64, 128, 256)),
+    *(larger(head_dim, WINDOW, **extras) for head_dim in (64, 128, 256) for extras in (PACKED_EXTRAS, ALL_EXTRAS)),
+    *(larger(head_dim, CAUSAL, lengths=LENGTHS, dropout_p=0.1) for head_dim in (64, 128, 256)),
     *(larger(head_dim, CAUSAL, "bhqk", dropout_p=0.1) for head_dim in (64, 256)),
     *(larger(head_dim, FULL, "1hqk", dropout_p=0.1) for head_dim in (32, 64)),
     *(larger(head_dim, WINDOW, "1hqk", torch.float32, dropout_p=0.1) for head_dim in (128, 256)),

@@ -354,7 +354,16 @@ def test_compiled_dropout_follows_the_generator_and_shares_its_mask_with_the_bac
 
 @needs_hopper
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("others", [{}, {"softcap": 3.0, "alibi": "h", "sink": True}], ids=["alone", "beside-all"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"softcap": 3.0, "alibi": "h", "sink": True},
+        {"lengths": ((333, 408), (70, 30), (0, 65), (5, 0), (129, 64))},
+        {"lengths": ((333, 408), (200, 200), (1, 70)), "softcap": 3.0, "alibi": "h", "sink": True},
+    ],
+    ids=["alone", "beside-all", "packed", "packed-beside-all"],
+)
 @pytest.mark.parametrize("bias", [None, "1hqk", "bhqk", "b11k"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_with_dropout(head_dim, bias, others, deterministic):
@@ -440,11 +449,15 @@ def test_one_long_sequence_among_short_ones(backend, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_what_is_not_finite_stays_in_its_sequence(backend, head_dim, value, dropout_p, with_bias):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_is_not_finite_stays_in_its_sequence(
+    backend, head_dim, value, dropout_p, with_bias, deterministic
+):  # fmt: skip
     torch.use_deterministic_algorithms(False)
     leaves, how = packed([100, 77, 300], head_dim=head_dim)
     bias = normal(3, 4, 304, 304) if with_bias else None
     how |= {"bias": bias, "max_seqlen_q": 304, "max_seqlen_k": 304, "dropout_p": dropout_p, "backend": backend}
+    how["deterministic"] = deterministic
 
     def results():
         torch.manual_seed(0)
@@ -460,9 +473,11 @@ def test_what_is_not_finite_stays_in_its_sequence(backend, head_dim, value, drop
             bias[1] = value
     actual = results()
     assert actual[0][100:177].isnan().any()
-    for one, two in zip(actual[:4], expected[:4], strict=True):
-        assert torch.equal(one[:100], two[:100])
-        assert torch.equal(one[177:], two[177:])
+    close = partial(torch.allclose, rtol=1.6e-2, atol=1e-3)
+    same = (torch.equal, torch.equal if deterministic else close, torch.equal, torch.equal)
+    for equal, one, two in zip(same, actual[:4], expected[:4], strict=True):
+        assert equal(one[:100], two[:100])
+        assert equal(one[177:], two[177:])
     if bias is not None:
         assert torch.equal(actual[4][[0, 2]], expected[4][[0, 2]])
 
@@ -490,10 +505,11 @@ def test_nothing_waits_for_the_lengths(backend, plain):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graph_of_packed_sequences_follows_their_lengths():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cuda_graph_of_packed_sequences_follows_their_lengths(deterministic):
     torch.use_deterministic_algorithms(False)
     leaves, how = packed([100, 77, 300])
-    how |= {"max_seqlen_q": 477, "max_seqlen_k": 477}
+    how |= {"max_seqlen_q": 477, "max_seqlen_k": 477, "deterministic": deterministic}
 
     def results():
         out = attention_varlen(*leaves, **how, causal=True)
@@ -510,7 +526,9 @@ def test_cuda_graph_of_packed_sequences_follows_their_lengths():
     for lengths in ([0, 400, 77], [1, 2, 3]):  # the second leaves rows that no sequence has
         how["cu_seqlens_q"].copy_(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
         graph.replay()
-        assert all(torch.equal(one, two) for one, two in zip(captured, results(), strict=True))
+        (out, dq, *others), (out_now, dq_now, *others_now) = captured, results()
+        assert all(map(torch.equal, (out, *others), (out_now, *others_now)))
+        assert torch.equal(dq, dq_now) if deterministic else torch.allclose(dq, dq_now, rtol=1.6e-2, atol=1e-3)
 
 
 @each_backend

@@ -1,4 +1,5 @@
-"""Do the programs of the Hopper backward own every row of packed sequences once, and read what belongs to it?"""
+"""Do the programs of the Hopper backward own every row of packed sequences once, and read what belongs to it? And do
+the sums of dq, to which several add, begin as zeros and end in the rows that they are of?"""
 
 import math
 from functools import lru_cache
@@ -9,9 +10,18 @@ import torch
 from gluon_as_python import Pointer, as_python, language
 
 from triton_attention import attention_varlen, kernel
-from triton_attention.hopper import backward_call, backward_queries, backward_scores, backward_walk, heads, schedule
+from triton_attention.hopper import (
+    backward_assistant,
+    backward_call,
+    backward_queries,
+    backward_scores,
+    backward_walk,
+    heads,
+    schedule,
+)
 from triton_attention.hopper.channel import PACKED_ROWS
 from triton_attention.hopper.plan_backward import plan_backward
+from triton_attention.philox import drop_below, kept_factor
 from triton_attention.problem import Extras, Mask, Packing
 
 CAUSAL = Mask(None, 0)
@@ -30,7 +40,7 @@ def boundaries(lengths):
 class Call:
     """A planned backward of packed sequences, with rows behind the last one, and two query heads to a key head."""
 
-    def __init__(self, lengths, mask, head_dim=64):
+    def __init__(self, lengths, mask, head_dim=64, deterministic=True, dropout_p=0.0):
         self.lengths = lengths
         self.starts = [boundaries(column) for column in zip(*lengths, strict=True)]
         self.totals = [int(starts[-1]) + unused for starts, unused in zip(self.starts, (70, 130), strict=True)]
@@ -40,14 +50,16 @@ class Call:
         )
         packing = Packing(*self.starts, *map(max, zip(*lengths, strict=True)))
         extras = Extras(packing=packing, alibi_slopes=torch.arange(4.0 * len(lengths)).view(-1, 4), sink=torch.zeros(4))
+        if dropout_p > 0.0:
+            extras = extras._replace(dropout_p=dropout_p, seed=torch.tensor(7))
         lse = torch.zeros(1, 4, total_q)
-        self.plan = plan_backward(q, None, q, k, v, None, q, lse, mask, 0.1, False, extras, False, SMS)
-        self.rows, self.keys, self.queries = self.plan.launches
+        self.plan = plan_backward(q, None, q, k, v, None, q, lse, mask, 0.1, False, extras, deterministic, SMS)
+        self.rows, self.keys, self.queries = self.plan.launches  # "queries": that of dq
 
     def blocks(self, launch, along_keys):
         """What each program of a launch works with: the call of its sequence, its block, and who sees its parts."""
         program = [0]
-        stand_in = language(program)
+        stand_in = language(program, launch.programs)
         own = as_python(backward_call.call_of_own_block, stand_in)
         block_of = as_python(backward_walk.block_of if along_keys else backward_queries.block_of_program, stand_in)
         seen_by = as_python(backward_walk.seen_by, stand_in)
@@ -95,9 +107,10 @@ MASKS = [Mask(), CAUSAL, Mask(None, 0, top_left=True), Mask(70, 40), Mask(10**12
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize(("lengths", "head_dim"), list(product(LENGTHS, (64, 256))), ids=str)
-@pytest.mark.parametrize("along_keys", [True, False], ids=["keys", "queries"])
-def test_each_row_has_one_owner_that_visits_what_it_sees(along_keys, lengths, head_dim, mask):
-    call = Call(lengths, mask, head_dim)
+@pytest.mark.parametrize("owners_of", ["keys", "keys, adding dq", "queries"])
+def test_each_row_has_one_owner_that_visits_what_it_sees(owners_of, lengths, head_dim, mask):
+    call = Call(lengths, mask, head_dim, deterministic=owners_of != "keys, adding dq")
+    along_keys = owners_of != "queries"
     launch = call.keys if along_keys else call.queries
     step = 64 if along_keys else launch.tile.BLOCK_N
     place_of_queries, place_of_keys, rows_origin = placed()
@@ -132,8 +145,72 @@ def test_each_row_has_one_owner_that_visits_what_it_sees(along_keys, lengths, he
                 assert sees or not part.full_first <= n < part.full_last
         padded = (call.totals[0] // 64 + len(lengths) + 1) * 64
         origin = torch.tensor(3) * 2 * padded + int(starts_of_numbers(call)[block.batch]) * 64
-        assert rows_origin(block.batch, torch.tensor(3), found, launch.spec) == (origin, padded)
+        assert (rows_origin(block.batch, torch.tensor(3), found, launch.spec), found.padded_q) == (origin, padded)
     assert (owners == 1).all()
+
+
+@pytest.mark.parametrize("along_keys", [True, False], ids=["keys", "queries"])
+def test_sequences_share_the_seed_and_the_rate_of_dropout(along_keys):
+    call = Call(LENGTHS[0], CAUSAL, dropout_p=0.3)
+    launch = call.keys if along_keys else call.queries
+    shared = launch.arguments[-1].value.extras
+    for found, _, _ in call.blocks(launch, along_keys):
+        assert found.extras.seed is shared.seed
+        assert found.extras.drop_below == shared.drop_below == drop_below(0.3)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_an_assistant_sends_the_steps_that_its_program_has(lengths, mask):
+    """None where it has none; and is done after its one block."""
+    call = Call(lengths, mask, deterministic=False)
+    launch = call.keys
+    for program, (found, block, _) in enumerate(call.blocks(launch, True)):
+        stand_in = language([program], launch.programs)
+        first_step, following, num_blocks = (
+            as_python(getattr(backward_walk, name), stand_in) for name in ("first_step", "following", "num_blocks")
+        )
+        heads_of_it = range(2 * block.head_kv, 2 * block.head_kv + 2)
+        step = first_step(None, found, launch.spec, launch.tile)
+        for head, m in product(heads_of_it, range(block.first, block.last)):
+            assert (step.head, step.m, step.i) == (head, m, 0)
+            assert step.number < num_blocks(found, launch.spec, launch.tile)
+            step = following(step, None, found, launch.spec, launch.tile)
+        assert step.number >= num_blocks(found, launch.spec, launch.tile)
+
+
+def in_order_of_threads(tile, pieces):
+    """(64, columns) as `backward_assistant.multiply_keys` leaves it: one piece of the columns after the other."""
+    order = (0, 4, 1, 3, 5, 2, 6)
+    return torch.cat(
+        [piece.reshape(1, 4, 2, 8, -1, 4, 2).permute(order).flatten() for piece in tile.chunk(pieces, dim=1)]
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS[:3], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "head_dim"), [*product(LENGTHS, [64]), (LENGTHS[0], 32), (LENGTHS[2], 128)], ids=str
+)
+def test_sums_of_dq_begin_as_zeros_and_end_in_their_rows(lengths, head_dim, mask):
+    call = Call(lengths, mask, head_dim, deterministic=False)
+    sums = call.rows.arguments[6].value.fill_(math.nan)
+    kernel.run(call.rows)
+    assert not sums.any()
+    tiles = sums.view(-1, 64 * head_dim)
+    tile_of_sums = as_python(backward_assistant.tile_of_sums, language([0]))
+    dq = call.plan.dq.fill_(math.nan)[0]
+    expected = torch.zeros(dq.shape)
+    for found, block, _ in call.blocks(call.keys, True):
+        for head, m in product(range(2 * block.head_kv, 2 * block.head_kv + 2), range(block.first, block.last)):
+            share = torch.randn(64, head_dim)
+            tile = tiles[tile_of_sums(block.batch, head, m, found, call.keys.spec, 64)]
+            tile += in_order_of_threads(share, max(head_dim // 64, 1))
+            start, end = call.starts[0][block.batch : block.batch + 2].tolist()
+            own = slice(start + 64 * m, min(start + 64 * m + 64, end))
+            expected[own, head] += share[: own.stop - own.start]
+    kernel.run(call.queries)
+    torch.testing.assert_close(dq.float(), 0.1 * expected, rtol=1e-3, atol=1e-3)
+    assert not dq[int(call.starts[0][-1]) :].any()
 
 
 def starts_of_numbers(call):
@@ -143,7 +220,8 @@ def starts_of_numbers(call):
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("mask", MASKS[:2], ids=str)
-def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask, dropout_p):
     """And the gradient of a sink, which is made of them; rows that no sequence has may hold anything."""
     starts = [boundaries(column) for column in zip(*lengths, strict=True)]
     longest = list(map(max, zip(*lengths, strict=True)))
@@ -153,7 +231,7 @@ def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
     )
     sink = torch.tensor([0.5, 2.0, -math.inf, -1.0]).double().requires_grad_()
     how = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*starts, *longest), strict=True))
-    how |= {"causal": mask == CAUSAL, "sink": sink, "return_lse": True, "backend": "reference"}
+    how |= {"causal": mask == CAUSAL, "sink": sink, "dropout_p": dropout_p, "return_lse": True, "backend": "reference"}
     out, lse = attention_varlen(q, k, v, **how)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse).masked_fill(lse == -math.inf, 0.0)
     (exact,) = torch.autograd.grad([out, lse.masked_fill(lse == -math.inf, 0.0)], sink, [dout, dlse])
@@ -166,7 +244,8 @@ def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
     out, dout, q = (with_unused_rows(x, math.nan)[None] for x in (out, dout, q))
     lse, dlse = (with_unused_rows(x, math.nan, 1)[None] for x in (lse, dlse))
     k, v = (x[None].bfloat16() for x in (k, v))
-    extras = Extras(packing=Packing(*starts, *longest), sink=sink.detach().float())
+    seed = torch.tensor(1) if dropout_p > 0.0 else None
+    extras = Extras(0.0, None, sink.detach().float(), dropout_p, seed, Packing(*starts, *longest))
     plan = plan_backward(
         dout.bfloat16(), dlse[0], q.bfloat16(), k, v, None, out.bfloat16(), lse, mask, 0.25, False, extras, False, SMS
     )
@@ -174,10 +253,11 @@ def test_the_numbers_of_queries_are_padded_sequence_by_sequence(lengths, mask):
     kernel.run(plan.launches[0])
     expected = torch.zeros_like(rows)
     expected[:, :, 0] = math.inf
-    delta = (dlse - (dout.bfloat16().float() * out.bfloat16().float()).sum(-1).transpose(1, 2))[0]
+    factor = kept_factor(dropout_p)
+    delta = (dlse - (dout.bfloat16().float() * out.bfloat16().float()).sum(-1).transpose(1, 2))[0] / factor
     for batch, (start, end) in enumerate(pairwise(starts[0].tolist())):
         first = (start // 64 + batch) * 64
-        of_lse = lse[0, :, start:end] / math.log(2)
+        of_lse = (lse[0, :, start:end] - math.log(factor)) / math.log(2)
         expected[0, :, 0, first : first + end - start] = of_lse.masked_fill(of_lse == -math.inf, math.inf)
         expected[0, :, 1, first : first + end - start] = delta[:, start:end]
     torch.testing.assert_close(rows, expected)

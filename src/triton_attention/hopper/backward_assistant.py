@@ -174,6 +174,17 @@ def add_pieces(descriptors, staging, number):
 
 
 @gluon.jit
+def tile_of_sums(batch, head, m, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr):
+    """The number of the tile where dQ of a block of queries is summed; it is that of the program of
+    `attention_bwd_rows` that zeroes it."""
+    if SPEC.VARLEN:
+        first = head * (call.padded_q // BLOCK_M) + call.own.numbers // BLOCK_M
+    else:
+        first = (batch * call.heads_q + head) * (call.padded_q // BLOCK_M)
+    return first + m
+
+
+@gluon.jit
 def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The warpgroup that serves the consumers: it copies their operands, and adds the dS K of the dS that they leave to
     the sum over all keys."""
@@ -183,7 +194,6 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
-    blocks_m = gl.cdiv(call.seqlen_q, BLOCK_M)
     to_send = first_step(turns, call, SPEC, TILE)
     if EARLY_KEYS:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
@@ -221,7 +231,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                 multiply_keys(channels, staging, step, i, SPEC, TILE)
                 release(channels.dscores, step)
                 fence_async_shared()
-                add_pieces(gradients.dq, staging, (block.batch * call.heads_q + head) * blocks_m + m)
+                add_pieces(gradients.dq, staging, tile_of_sums(block.batch, head, m, call, SPEC, BLOCK_M))
                 step += 1
         i += 1
         number = number_of(turns, i, call, SPEC, TILE)

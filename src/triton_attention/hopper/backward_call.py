@@ -105,14 +105,17 @@ def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC:
         seqlen_q, seqlen_k = gl.where(start < limits.seqlen_k, limits.seqlen_q, 0), limits.seqlen_k
     else:
         seqlen_q, seqlen_k = limits.seqlen_q, gl.where(start < limits.seqlen_q, limits.seqlen_k, 0)
-    softcap, slopes, diagonal = 0.0, 0, 0
+    softcap, slopes, diagonal, seed, drop_below = 0.0, 0, 0, 0, 0
     if SPEC.SOFTCAP:
         softcap = call.extras.softcap
     if SPEC.ALIBI:
         slopes = call.extras.slopes
         diagonal = (limits.seqlen_k - limits.seqlen_q) * packing.bottom_right
+    if SPEC.DROPOUT:
+        seed, drop_below = call.extras.seed, call.extras.drop_below
     return BackwardCall(
         seqlen_q, seqlen_k, call.heads_q, call.group, call.batch, call.section, call.last_section, limits.lower,
-        limits.upper, call.softmax_scale, call.scale, call.padded_q, Extras(softcap, slopes, diagonal, 0, 0, 0, 0),
-        packing, OwnBlock(start, head, batch, sequence, numbers),
+        limits.upper, call.softmax_scale, call.scale, call.padded_q,
+        Extras(softcap, slopes, diagonal, 0, seed, drop_below, 0), packing,
+        OwnBlock(start, head, batch, sequence, numbers),
     )  # fmt: skip

@@ -182,8 +182,11 @@ def seen_by(block, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def first_step(turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Of a program; where its block has no steps, what `following` gives after the last one."""
     number = gl.program_id(0)
     block = block_of(number, call, SPEC, TILE)
+    if SPEC.VARLEN:
+        number = gl.where(block.first < block.last, number, num_blocks(call, SPEC, TILE))
     return Step(block.head_kv * call.group, block.first, block, number, 0, no_ticket(turns, SPEC))
 
 

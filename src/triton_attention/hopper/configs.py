@@ -178,7 +178,7 @@ class BackwardSpec:
     SOFTCAP: bool = False
     ALIBI: bool = False
     DROPOUT: bool = False
-    VARLEN: bool = False  # sequences are packed one after the other; then no bias, dropout or sums of dq
+    VARLEN: bool = False  # sequences are packed one after the other; then no bias
 
 
 @dataclass(frozen=True)

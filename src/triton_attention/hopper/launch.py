@@ -82,8 +82,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """(dq, dk, dv, dbias, dsink), each in the shape and dtype of its tensor; dbias is None unless it is needed.
 
-    With `deterministic`, and of packed sequences, dq is added up in a fixed order. None where rows are not aligned, and
-    where the backward does not take the extras.
+    With `deterministic` dq is added up in a fixed order. None where rows are not aligned, and where the backward does
+    not take the extras.
 
     `known` is as in `forward`, and stands for the mask and the scale and for the layouts of all tensors.
     """
@@ -122,9 +122,8 @@ def backward(
 
 
 def differentiates(extras: Extras, has_bias: bool) -> bool:
-    """Whether the backward kernels take what few calls have: packed sequences with neither a bias nor dropout."""
-    plainly_packed = not has_bias and extras.dropout_p == 0.0
-    return extras.packing is None or plainly_packed
+    """Whether the backward kernels take what few calls have: no bias of packed sequences."""
+    return extras.packing is None or not has_bias
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:

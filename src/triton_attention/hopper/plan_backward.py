@@ -1,7 +1,7 @@
 """How does a backward call become kernel launches? The plan is as pure as that of the forward.
 
 Two numbers a query first, then the kernel for dk, dv and sums for dq, then dq. Where dq is to be the same in every run,
-where heads are wide, and of packed sequences, dq has a kernel of its own. Where a bias is shared, its gradient has one.
+and where heads are wide, dq has a kernel of its own. Where a bias is shared, its gradient has one.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from triton_attention.problem import Extras, Mask
 
 _LOG2_E = math.log2(math.e)
 _SECTION_BYTES = 24 << 20  # queries, their gradients, and the sums of dq, that stay in L2 together
+_FEW_ROWS = 1 << 14  # of a head, whose sums of dq may be padding
 _SPLITS_OF_SEVERAL_ROUNDS = 8  # at most; each is a float32 copy of the gradient
 _ROWS = WARPGROUP_ROWS.value
 _PANEL = PANEL.value
@@ -72,14 +73,14 @@ class SinkRows(NamedTuple):
     lse: Tensor
     rows: Tensor  # see `attention_bwd_rows`
     packed: bool
-    kept_factor: float  # of dropout, by which its -delta is divided; 1 for packed sequences, which have none
+    kept_factor: float  # of dropout, by which its -delta is divided
 
     def dscores(self) -> Tensor:
         """dS of the sink, for which dP = 0: - exp(sink - lse) delta, (batch, heads_q, seqlen_q).
 
         Of packed sequences (1, heads_q, total_q padded), and 0 where there is no query.
         """
-        if self.packed:
+        if self.packed:  # the factor of dropout is in both numbers, and cancels
             lse, negative_delta = self.rows.unbind(2)
             return torch.exp2(self.sink.float()[:, None] * _LOG2_E - lse) * negative_delta
         lse = self.lse.masked_fill(self.lse == -math.inf, math.inf)
@@ -142,12 +143,15 @@ def plan_backward(
         SOFTCAP=extras.softcap > 0.0, ALIBI=extras.alibi_slopes is not None, DROPOUT=extras.seed is not None,
         VARLEN=packed,
     )  # fmt: skip
-    adds_dq = not deterministic and takes_turns(spec) and columns == columns_v  # dk takes the way of dv
+    blocks_m = ceil_div(seqlen_q, _ROWS) if packing is None else first_tile(q.shape[1], batch, _ROWS) + 1
+    adds_dq = not deterministic and columns == columns_v and sum(columns) <= REGISTER_HEAD_DIM  # dk takes the way of dv
+    if packed and blocks_m * _ROWS > max(2 * q.shape[1], _FEW_ROWS):
+        adds_dq = False  # many short sequences: their sums would be mostly padding
     dbias_of_keys = kind if kind == "keys" or (kind == "tile" and adds_dq) else "none"  # a tile comes with dq
     spec_of_keys = replace(spec, DBIAS=dbias_of_keys, DQ="added" if adds_dq else "apart")
     tile_of_keys = keys_tile_for(spec_of_keys, addend.size, k.shape[1])
     block_m = tile_of_keys.BLOCK_M
-    blocks_m = ceil_div(seqlen_q, block_m) if packing is None else first_tile(q.shape[1], batch, block_m) + 1
+    blocks_m = ceil_div(blocks_m * _ROWS, block_m)
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * block_m, dtype=torch.float32)
     row_bytes = (8 if adds_dq else 4) * sum(columns)  # of q and dout, and of the sums of dq
     bytes_of_queries = row_bytes * ceil_div(seqlen_q, block_m) * block_m * group
@@ -175,7 +179,7 @@ def plan_backward(
     dlse_argument = ABSENT if dlse is None else flat(dlse)
     results = (_strided(out, packed), _strided(dout, packed), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
     if adds_dq:
-        sums = q.new_empty(1, 1, matrices * blocks_m * block_m * sum(columns) // _PANEL, _PANEL, dtype=torch.float32)
+        sums = q.new_empty(1, 1, row_programs * block_m * sum(columns) // _PANEL, _PANEL, dtype=torch.float32)
         launches = [
             Launch(attention_bwd_rows, row_programs, (*results, flat(sums), counter, call), *variant),
             tensors.launch_of_keys(spec_of_keys, tile_of_keys, sums),

@@ -40,12 +40,15 @@ def place(num_blocks, call):
 
 
 @triton.jit
-def queries_of(tile, call, BLOCK_M: tl.constexpr):
-    """(first row, length, block in it) of the packed sequence of a tile; the length of what none has is 0."""
+def queries_of(tile, call, WITH_UNUSED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(first row, length, block in it) of the packed sequence of a tile; without the rows that none has, its length
+    there is 0."""
     packing = call.packing
     sequence, block = sequence_of(tile, packing.cu_seqlens_q, call.batch, packing.total_q, BLOCK_M)
     begin = boundary(packing.cu_seqlens_q, sequence, packing.total_q)
     end = boundary(packing.cu_seqlens_q, tl.minimum(sequence + 1, call.batch), packing.total_q)
+    if WITH_UNUSED:
+        end = tl.where(sequence == call.batch, packing.total_q, end)
     return begin, tl.maximum(end - begin, 0), block
 
 
@@ -83,7 +86,7 @@ def attention_bwd_rows(
     if SPEC.VARLEN:
         num_blocks = first_tile(call.packing.total_q, call.batch, BLOCK_M) + 1
         tile, head, _one = place(num_blocks, call)
-        batch, seqlen_q, block = queries_of(tile, call, BLOCK_M)
+        batch, seqlen_q, block = queries_of(tile, call, False, BLOCK_M)
     else:
         num_blocks = tl.cdiv(call.seqlen_q, BLOCK_M)
         tile, head, batch = place(num_blocks, call)
@@ -147,15 +150,20 @@ def store_sums(
 def attention_bwd_dq(dq_sums, dq, call, SPEC: tl.constexpr, TILE: tl.constexpr):
     """dQ = softmax_scale times its sums, which lie in the order in which the threads of a warpgroup hold them.
 
-    Grid: as `attention_bwd_rows`.
+    Rows that no packed sequence has become 0. Grid: as `attention_bwd_rows`.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
     TAIL_D: tl.constexpr = SPEC.TAIL_D
-    block, head, batch = place(tl.cdiv(call.seqlen_q, BLOCK_M), call)
+    if SPEC.VARLEN:
+        tile, head, _one = place(first_tile(call.packing.total_q, call.batch, BLOCK_M) + 1, call)
+        batch, seqlen_q, block = queries_of(tile, call, True, BLOCK_M)
+    else:
+        block, head, batch = place(tl.cdiv(call.seqlen_q, BLOCK_M), call)
+        seqlen_q = call.seqlen_q
     sums = dq_sums + tl.program_id(0).to(tl.int64) * (BLOCK_M * (BLOCK_D + TAIL_D))
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = rows < call.seqlen_q
+    exists = rows < seqlen_q
     pointers = dq.ptr + batch * dq.batch + head * dq.head + rows.to(tl.int64) * dq.row
     store_sums(sums, dq, pointers, exists, 0, call, BLOCK_M, BLOCK_D, TILE.DQ_COLUMNS, SPEC.HEAD_DIM)
     if TAIL_D > 0:
