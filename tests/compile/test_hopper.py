@@ -32,9 +32,9 @@ def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048, **extras):
 
 
 LARGER = (
-    *(larger(head_dim, FULL) for head_dim in (128, 256)),
-    *(larger(head_dim, WINDOW) for head_dim in (128, 256)),
-    *(larger(head_dim, CAUSAL) for head_dim in (160, 192)),
+    *(larger(head_dim, FULL) for head_dim in (96, 128, 192, 256)),
+    *(larger(head_dim, WINDOW) for head_dim in (80, 128, 160, 256)),
+    *(larger(head_dim, CAUSAL) for head_dim in (80, 96, 160, 192)),
     *(larger(64, mask, seqlen=seqlen) for mask in (FULL, CAUSAL) for seqlen in (1024, 16384)),
     larger(32, FULL, "1hqk", seqlen=384),
     larger(32, FULL, "1hqk"),
@@ -55,6 +55,10 @@ LARGER = (
         for bias in ("1hqk", "b11k")
         for extras in (*CHANGES, DENSE_EXTRAS)
     ),
+    *(larger(head_dim, CAUSAL, **extras) for head_dim in (96, 192) for extras in EXTRAS),
+    *(larger(head_dim, CAUSAL, bias, **DENSE_EXTRAS) for head_dim in (96, 192) for bias in ("bhqk", "b11k")),
+    *(larger(head_dim, CAUSAL, "bhqk") for head_dim in (80, 96)),
+    larger(96, CAUSAL, head_dim_v=64),
     *(larger(head_dim, CAUSAL, "1hqk", **ALL_EXTRAS) for head_dim in (64, 128)),
     *(larger(head_dim, WINDOW, **extras) for head_dim in (64, 128, 256) for extras in (PACKED_EXTRAS, ALL_EXTRAS)),
     *(larger(head_dim, CAUSAL, lengths=LENGTHS, dropout_p=0.1) for head_dim in (64, 128, 256)),

@@ -181,6 +181,13 @@ class BackwardSpec:
     VARLEN: bool = False  # sequences are packed one after the other; then no bias
 
 
+def takes_turns(spec: BackwardSpec) -> bool:
+    """Whether a program of the kernel that owns keys takes one block of them after the other: packed sequences have a
+    program a block, and the kernel for wide heads."""
+    head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)  # kernels ask too, and call nothing plain
+    return not spec.VARLEN and head_dim <= REGISTER_HEAD_DIM
+
+
 @dataclass(frozen=True)
 class BackwardTile:
     """How a kernel that owns keys computes it."""
@@ -252,6 +259,7 @@ class BackwardRow(NamedTuple):
     seqlen_k: range = range(2**31)
     dropout: bool | None = None  # whether there is dropout, whose bits want shared memory; None matches either
     crowding: range = range(4)  # see `_crowding`
+    packed: bool | None = None  # whether sequences are packed, whose numbers are padded to 64 queries
 
 
 class QueriesRow(NamedTuple):
@@ -311,7 +319,11 @@ QUERIES_ROWS = (
 def keys_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> BackwardTile:
     """The tile of the kernel for dk and dv; `bias_size` is that of one number of the bias, 0 without one."""
     rows = BACKWARD_ROWS if spec.DQ == "added" else KEYS_ROWS
-    fitting = (row for row in rows if row.dropout in (None, spec.DROPOUT) and _crowding(spec) in row.crowding)
+    fitting = (
+        row
+        for row in rows
+        if row.dropout in (None, spec.DROPOUT) and _crowding(spec) in row.crowding and row.packed in (None, spec.VARLEN)
+    )
     return _first_row(fitting, spec, bias_size, seqlen_k).tile
 
 
@@ -329,13 +341,6 @@ def _first_row(rows: Iterable[_Row], spec: BackwardSpec, bias_size: int, seqlen_
 def _crowding(spec: BackwardSpec) -> int:
     """How much there is that wants registers: changed scores, dropout, and the gradient of a bias of the keys."""
     return (spec.SOFTCAP or spec.ALIBI) + spec.DROPOUT + (spec.DBIAS == "keys")
-
-
-def takes_turns(spec: BackwardSpec) -> bool:
-    """Whether a program of the kernel that owns keys takes one block of them after the other: packed sequences have a
-    program a block, and the kernel for wide heads."""
-    head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)  # kernels ask too, and call nothing plain
-    return not spec.VARLEN and head_dim <= REGISTER_HEAD_DIM
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:
