@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
-from triton_attention.hopper.backward_assistant import serve
+from triton_attention.hopper.backward_assistant import new_kept, serve
 from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
 from triton_attention.hopper.backward_scores import (
@@ -28,7 +28,7 @@ from triton_attention.hopper.backward_scores import (
     multiply_values,
     score_gradients,
 )
-from triton_attention.hopper.backward_walk import block_of, num_blocks, number_of, seen_by
+from triton_attention.hopper.backward_walk import block_of, first_number, num_blocks, number_of, seen_by
 from triton_attention.hopper.channel import (
     coordinates,
     hand_over,
@@ -96,7 +96,7 @@ def skip(channels, step, steps, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: g
     for _ in range(steps):
         wait_full(channels.q, step)
         wait_full(channels.dout, step)
-        if SPEC.DQ == "added":
+        if SPEC.DQ != "apart":
             zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, channels.dscores.tiles.dtype, accumulator_layout(BLOCK_M))
             leave_dscores(channels, step, zero, INDEX)
         release(channels.q, step)
@@ -112,7 +112,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     seed = load_seed(call, SPEC)
     step = 0
     i = 0
-    number = gl.program_id(0)
+    number = first_number(call, SPEC, TILE)
     while number < num_blocks(call, SPEC, TILE):
         block = block_of(number, call, SPEC, TILE)
         start_n = block.start_n + INDEX * WARPGROUP_ROWS
@@ -160,7 +160,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 if SPEC.DBIAS == "keys":
                     dbias += gl.sum(bias_gradients(weights, dweights, channels, step, SPEC), 1)
                 dscores = score_gradients(factors, dweights, channels, step, SPEC)
-                if SPEC.DQ == "added":
+                if SPEC.DQ != "apart":
                     leave_dscores(channels, step, dscores, INDEX)
                 operand = gl.convert_layout(dscores, operand_layout(SPEC.BLOCK_D))
                 dk = accumulate(operand, q, dk, SPEC.TAIL_D)
@@ -174,16 +174,16 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
 
         # Where the assistant still reads K, dK takes the way of dV, after it, and K's place is free for the next keys.
         place_of_dk = channels.k
-        if SPEC.DQ == "added":
+        if SPEC.DQ != "apart":
             place_of_dk = channels.v
             release(channels.k, i)
         store_rows(gradients.dv, channels.v, i, dv, block, start_n, SPEC, INDEX, SPEC.TAIL_DV)
-        if SPEC.DQ == "added":
+        if SPEC.DQ != "apart":
             tma.store_wait(0)
         dk = scaled(dk, call.softmax_scale, SPEC.TAIL_D)
         store_rows(gradients.dk, place_of_dk, i, dk, block, start_n, SPEC, INDEX, SPEC.TAIL_D)
         tma.store_wait(0)
-        if SPEC.DQ != "added":
+        if SPEC.DQ == "apart":
             release(channels.k, i)
         release(channels.v, i)
         i += 1
@@ -208,9 +208,11 @@ def attention_bwd(
         call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), rows, bias)
     gradients = Gradients(Columns(dq, dq_tail), Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
-    ADDS_DQ: gl.constexpr = SPEC.DQ == "added"
-    channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, TILE.CONSUMERS if ADDS_DQ else 0)
-    if ADDS_DQ:
+    ASSISTED: gl.constexpr = SPEC.DQ != "apart"
+    channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, TILE.CONSUMERS if ASSISTED else 0)
+    if SPEC.DQ == "kept":
+        staging = new_kept(dq, SPEC, TILE)
+    elif SPEC.DQ == "added":
         PIECES: gl.constexpr = TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL)
         staging = Columns(new_tiles(dq, PIECES), new_tiles(dq_tail, 1))
     else:
@@ -221,7 +223,7 @@ def attention_bwd(
     C2: gl.constexpr = 2
     C3: gl.constexpr = 3
     REGISTERS: gl.constexpr = TILE.REGISTERS
-    SERVING_WARPS: gl.constexpr = 4 if ADDS_DQ else 1
+    SERVING_WARPS: gl.constexpr = 4 if ASSISTED else 1
     if TILE.CONSUMERS == 2:
         gl.warp_specialize(
             [

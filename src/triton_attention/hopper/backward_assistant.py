@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,6 +19,7 @@ from triton_attention.hopper.backward_walk import (
     Step,
     announce,
     block_of,
+    first_number,
     first_step,
     following,
     no_ticket,
@@ -27,6 +30,7 @@ from triton_attention.hopper.backward_walk import (
 from triton_attention.hopper.channel import (
     bytes_of,
     coordinates,
+    new_tiles,
     release,
     send,
     tile_of,
@@ -35,7 +39,7 @@ from triton_attention.hopper.channel import (
     whole_tile,
 )
 from triton_attention.hopper.columns import copy_columns, new_sums
-from triton_attention.hopper.layouts import WARPGROUP_ROWS
+from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
 from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import place_of_keys, place_of_queries
 
@@ -89,7 +93,7 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     step = 0
     i = 0
     ticket = no_ticket(channels.turns, SPEC)
-    number = gl.program_id(0)
+    number = first_number(call, SPEC, TILE)
     while number < num_blocks(call, SPEC, TILE):
         block = block_of(number, call, SPEC, TILE)
         if SPEC.VARLEN:  # perhaps no query sees them
@@ -184,6 +188,77 @@ def tile_of_sums(batch, head, m, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr
     return first + m
 
 
+class Kept(NamedTuple):
+    """dQ of a matrix in shared memory, and the way by which it leaves."""
+
+    sums: object  # (tiles, 64 BLOCK_D / PANEL, PANEL) float32, in the order in which threads hold them
+    staging: object  # (slots, 1, 1, 64, BLOCK_D)
+
+
+@gluon.jit
+def new_kept(dq, SPEC: gl.constexpr, TILE: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    SHAPE: gl.constexpr = [TILE.DQ_TILES, WARPGROUP_ROWS * SPEC.BLOCK_D // PANEL, PANEL]
+    return Kept(gl.allocate_shared_memory(gl.float32, SHAPE, LAYOUT), new_tiles(dq, 2))
+
+
+@gluon.jit
+def as_panels(dq):
+    """Numbers of (64, COLUMNS) in the order in which the threads of a warpgroup hold them, PANEL in a row."""
+    COLUMNS: gl.constexpr = dq.shape[1]
+    dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+    return dq.reshape([WARPGROUP_ROWS * COLUMNS // PANEL, PANEL])
+
+
+@gluon.jit
+def load_kept(tile, COLUMNS: gl.constexpr):
+    """(64, COLUMNS) of what was stored in that order."""
+    LAYOUT: gl.constexpr = accumulator_layout(COLUMNS)
+    order = as_panels(gl.full([WARPGROUP_ROWS, COLUMNS], 0.0, gl.float32, LAYOUT))
+    dq = tile.load(order.type.layout).reshape([COLUMNS // 8, 4, 8, 4, 2, 2])
+    return gl.convert_layout(dq.permute((1, 4, 2, 0, 3, 5)).reshape([WARPGROUP_ROWS, COLUMNS]), LAYOUT)
+
+
+@gluon.jit
+def clear_kept(kept, COLUMNS: gl.constexpr):
+    zero = as_panels(gl.full([WARPGROUP_ROWS, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS)))
+    TILES: gl.constexpr = kept.sums.shape[0]
+    for tile in gl.static_range(TILES):
+        kept.sums.index(tile).store(zero)
+
+
+@gluon.jit
+def accumulate_kept(channels, kept, step, i, m, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Add dS K of a step and of the i-th block of keys to the sums of the m-th block of queries."""
+    PARTS: gl.constexpr = TILE.CONSUMERS
+    HALVES: gl.constexpr = TILE.BLOCK_M // WARPGROUP_ROWS
+    for half in gl.static_range(HALVES):
+        tile = kept.sums.index(m * HALVES + half)
+        dq = load_kept(tile, SPEC.BLOCK_D)
+        for part in gl.static_range(PARTS):
+            k = tile_of(channels.k.tiles, channels.k, i, part)
+            dq = warpgroup_mma(dscores_of(channels, step, part, half), k, dq, is_async=True)
+        tile.store(as_panels(warpgroup_mma_wait(0, deps=[dq])))
+    if SPEC.DBIAS == "tile":
+        tma.store_wait(0)  # the copies of dbias have read
+
+
+@gluon.jit
+def store_kept(descriptors, kept, block, call, SPEC: gl.constexpr):
+    """Round dQ of a matrix and copy it to global memory; its sums begin with 0 again."""
+    zero = as_panels(gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D)))
+    SLOTS: gl.constexpr = kept.staging.shape[0]
+    tma.store_wait(0)  # those of the matrix before
+    for tile in range(gl.cdiv(call.seqlen_q, WARPGROUP_ROWS)):
+        dq = load_kept(kept.sums.index(tile), SPEC.BLOCK_D) * call.softmax_scale
+        kept.sums.index(tile).store(zero)
+        tma.store_wait(SLOTS - 1)
+        staging = kept.staging.index(tile % SLOTS)
+        staging.reshape([WARPGROUP_ROWS, SPEC.BLOCK_D]).store(dq.to(kept.staging.dtype))
+        fence_async_shared()
+        copy_to_global(descriptors.block, [block.batch, block.head_kv, tile * WARPGROUP_ROWS, 0], staging)
+
+
 @gluon.jit
 def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The warpgroup that serves the consumers: it copies their operands, and adds the dS K of the dS that they leave to
@@ -194,6 +269,8 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
+    if SPEC.DQ == "kept":
+        clear_kept(staging, SPEC.BLOCK_D)
     to_send = first_step(turns, call, SPEC, TILE)
     if EARLY_KEYS:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
@@ -203,7 +280,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
             to_send = following(to_send, turns, call, SPEC, TILE)
     step = 0
     i = 0
-    number = gl.program_id(0)
+    number = first_number(call, SPEC, TILE)
     while number < last_block:
         block = block_of(number, call, SPEC, TILE)
         if not EARLY_KEYS:
@@ -228,11 +305,18 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                         place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
                         tile = whole_tile(channels.dscores.tiles, channels.dscores, step, part)
                         copy_to_global(gradients.dbias, place, tile)
-                multiply_keys(channels, staging, step, i, SPEC, TILE)
-                release(channels.dscores, step)
-                fence_async_shared()
-                add_pieces(gradients.dq, staging, tile_of_sums(block.batch, head, m, call, SPEC, BLOCK_M))
+                if SPEC.DQ == "kept":
+                    accumulate_kept(channels, staging, step, i, m, SPEC, TILE)
+                    release(channels.dscores, step)
+                else:
+                    multiply_keys(channels, staging, step, i, SPEC, TILE)
+                    release(channels.dscores, step)
+                    fence_async_shared()
+                    add_pieces(gradients.dq, staging, tile_of_sums(block.batch, head, m, call, SPEC, BLOCK_M))
                 step += 1
+        if SPEC.DQ == "kept":
+            if block.start_n + PARTS * WARPGROUP_ROWS >= call.seqlen_k:  # it was the last one of its matrix
+                store_kept(gradients.dq, staging, block, call, SPEC)
         i += 1
         number = number_of(turns, i, call, SPEC, TILE)
     tma.store_wait(0)
@@ -241,7 +325,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
 @gluon.jit
 def serve(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """What runs beside the consumers."""
-    if SPEC.DQ == "added":
+    if SPEC.DQ != "apart":
         assist(channels, inputs, gradients, staging, call, SPEC, TILE)
     else:
         produce(channels, inputs, call, SPEC, TILE)

@@ -76,7 +76,7 @@ def new_channels(
         dscores = new_exchange(inputs.q.block.dtype, TILE.BLOCK_M, TILE.DSCORES_STAGES, EXCHANGES, CONSUMERS)
     else:
         dscores = 0
-    turns = new_turns(counter, SPEC, TILE, 4 if SPEC.DQ == "added" else 1)
+    turns = new_turns(counter, SPEC, TILE, 4 if SPEC.DQ != "apart" else 1)
     return Channels(q, rows, bias_tiles, dout, k, v, dscores, turns)
 
 

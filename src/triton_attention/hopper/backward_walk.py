@@ -118,6 +118,15 @@ def announce(turns, i, ticket, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def first_number(call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """Of the first block of this program."""
+    number = gl.program_id(0)
+    if SPEC.DQ == "kept":
+        number = number * blocks_of_matrix(call, TILE)
+    return number
+
+
+@gluon.jit
 def number_of(turns, i, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Of the i-th block of this program, i > 0; not below `num_blocks` if it has no more."""
     if takes_turns(SPEC):
@@ -126,9 +135,19 @@ def number_of(turns, i, call, SPEC: gl.constexpr, TILE: gl.constexpr):
         mbarrier.wait(turns.told.index(slot), (i - 1) // SLOTS & 1)
         first = turns.numbers.index(slot).slice(0, 1)
         number = gl.sum(first.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    elif SPEC.DQ == "kept":
+        blocks = blocks_of_matrix(call, TILE)
+        matrix = i // blocks
+        number = (gl.program_id(0) + matrix * gl.num_programs(0)) * blocks + i - matrix * blocks
     else:
         number = num_blocks(call, SPEC, TILE)
     return number
+
+
+@gluon.jit
+def blocks_of_matrix(call, TILE: gl.constexpr):
+    """Blocks of keys of a head of a batch entry."""
+    return gl.cdiv(call.seqlen_k, TILE.CONSUMERS * WARPGROUP_ROWS)
 
 
 @gluon.jit
@@ -137,7 +156,7 @@ def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
     if SPEC.VARLEN:
         blocks = gl.num_programs(0)  # each has one
     else:
-        blocks = gl.cdiv(call.seqlen_k, TILE.CONSUMERS * WARPGROUP_ROWS) * (call.heads_q // call.group) * call.batch
+        blocks = blocks_of_matrix(call, TILE) * (call.heads_q // call.group) * call.batch
     return blocks
 
 
@@ -183,7 +202,7 @@ def seen_by(block, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 @gluon.jit
 def first_step(turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Of a program; where its block has no steps, what `following` gives after the last one."""
-    number = gl.program_id(0)
+    number = first_number(call, SPEC, TILE)
     block = block_of(number, call, SPEC, TILE)
     if SPEC.VARLEN:
         number = gl.where(block.first < block.last, number, num_blocks(call, SPEC, TILE))

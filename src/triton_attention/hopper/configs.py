@@ -174,7 +174,7 @@ class BackwardSpec:
     BIAS: str = "none"  # or "added" or "mask": one that varies along the keys
     BIAS_ROWS: bool = False  # it varies along the queries too
     DBIAS: str = "none"  # or "keys": one number a key; or "tile": of a bias that nothing shares
-    DQ: str = "apart"  # or "added": the kernel that owns keys adds up dq, in no fixed order
+    DQ: str = "apart"  # or the kernel that owns keys makes it: "added", in no fixed order, or "kept" by one program
     SOFTCAP: bool = False
     ALIBI: bool = False
     DROPOUT: bool = False
@@ -185,7 +185,7 @@ def takes_turns(spec: BackwardSpec) -> bool:
     """Whether a program of the kernel that owns keys takes one block of them after the other: packed sequences have a
     program a block, and the kernel for wide heads."""
     head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)  # kernels ask too, and call nothing plain
-    return not spec.VARLEN and head_dim <= REGISTER_HEAD_DIM
+    return not spec.VARLEN and spec.DQ != "kept" and head_dim <= REGISTER_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,7 @@ class BackwardTile:
     maxnreg: int  # of any thread before these are given out
     KEYS_STAGES: int = 1  # blocks of keys, and of values, in shared memory: with 2 those of the next block come early
     BLOCK_M: int = 64  # queries
+    DQ_TILES: int = 0  # of 64 queries: where dq is kept in shared memory, as many as a head may have
     num_warps: int = 4  # of a consumer
 
 
@@ -294,6 +295,12 @@ BACKWARD_ROWS = (
     BackwardRow(128, 4, BackwardTile(2, 1, 1, False, 216, 72, 168)),
 )
 
+# Where dq of a head of a batch entry is kept in shared memory by the program that has all of its keys.
+KEPT_ROWS = (
+    BackwardRow(32, 2, BackwardTile(2, 2, 1, False, 208, 88, 168, 2, 128, 4), crowding=range(2)),
+    BackwardRow(32, 2, BackwardTile(2, 2, 1, False, 208, 88, 168, 1, 128, 8), crowding=range(2)),
+)
+
 # Where dq is made apart: the kernels that own keys, in TFLOP/s that count the four products they do; full / causal.
 KEYS_ROWS = (
     BackwardRow(64, 0, BackwardTile(3, 3, 0, False, 160, 24, 128, 2)),  # s 4096: 1873 / 1003 us; two stages 1933 / 1065
@@ -325,6 +332,16 @@ def keys_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> Backward
         if row.dropout in (None, spec.DROPOUT) and _crowding(spec) in row.crowding and row.packed in (None, spec.VARLEN)
     )
     return _first_row(fitting, spec, bias_size, seqlen_k).tile
+
+
+def kept_tile_for(spec: BackwardSpec, bias_size: int, seqlen_q: int) -> BackwardTile | None:
+    """The same where dq is kept; None if there is none for so many queries."""
+    size = bias_size if spec.BIAS_ROWS else 0
+    for row in KEPT_ROWS:
+        fits = padded_head_dim(spec) <= row.head_dim and seqlen_q <= 64 * row.tile.DQ_TILES
+        if fits and size <= row.bias_size and _crowding(spec) in row.crowding:
+            return row.tile
+    return None
 
 
 def queries_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> QueriesTile:

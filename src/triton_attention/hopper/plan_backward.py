@@ -35,6 +35,7 @@ from triton_attention.hopper.configs import (
     RowsSpec,
     RowsTile,
     bias_gradient_tile,
+    kept_tile_for,
     keys_tile_for,
     padded_head_dim,
     queries_tile_for,
@@ -144,19 +145,19 @@ def plan_backward(
         VARLEN=packed,
     )  # fmt: skip
     blocks_m = ceil_div(seqlen_q, _ROWS) if packing is None else first_tile(q.shape[1], batch, _ROWS) + 1
-    adds_dq = not deterministic and columns == columns_v and sum(columns) <= REGISTER_HEAD_DIM  # dk takes the way of dv
-    if packed and blocks_m * _ROWS > max(2 * q.shape[1], _FEW_ROWS):
-        adds_dq = False  # many short sequences: their sums would be mostly padding
-    dbias_of_keys = kind if kind == "keys" or (kind == "tile" and adds_dq) else "none"  # a tile comes with dq
-    spec_of_keys = replace(spec, DBIAS=dbias_of_keys, DQ="added" if adds_dq else "apart")
+    way = _way_of_dq(q, k, v, spec, addend, blocks_m, deterministic, num_sms)
+    dbias_of_keys = kind if kind == "keys" or (kind == "tile" and way != "apart") else "none"  # a tile comes with dq
+    spec_of_keys = replace(spec, DBIAS=dbias_of_keys, DQ=way)
     tile_of_keys = keys_tile_for(spec_of_keys, addend.size, k.shape[1])
+    if way == "kept":
+        tile_of_keys = kept_tile_for(spec, addend.size, seqlen_q) or tile_of_keys
     block_m = tile_of_keys.BLOCK_M
     blocks_m = ceil_div(blocks_m * _ROWS, block_m)
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * block_m, dtype=torch.float32)
-    row_bytes = (8 if adds_dq else 4) * sum(columns)  # of q and dout, and of the sums of dq
+    row_bytes = (8 if way == "added" else 4) * sum(columns)  # of q and dout, and of the sums of dq
     bytes_of_queries = row_bytes * ceil_div(seqlen_q, block_m) * block_m * group
     section, last_section = 1, 1
-    if mask.right is not None:
+    if mask.right is not None and way != "kept":
         section = max(1, _SECTION_BYTES // bytes_of_queries)
         if mask.left is None and not packed:
             # With two blocks a program or more, the last ones are short, and no program is alone with a long one.
@@ -170,7 +171,7 @@ def plan_backward(
         kernel_extras.value, sequences.value,
     )  # fmt: skip
     call = Argument(numbers, _CALL_TYPES._replace(extras=kernel_extras.type, packing=sequences.type))
-    counter = Argument(q.new_empty(1, dtype=torch.int32), "*i32:16") if takes_turns(spec) else ABSENT
+    counter = Argument(q.new_empty(1, dtype=torch.int32), "*i32:16") if takes_turns(spec_of_keys) else ABSENT
     tensors = _Tensors(q, k, v, dout, rows, addend, dq, dk, dv, dbias, counter, call, num_sms)
 
     row_programs = blocks_m * matrices
@@ -178,7 +179,12 @@ def plan_backward(
     variant = (rows_spec, RowsTile(block_m, min(spec.BLOCK_D, 64)))
     dlse_argument = ABSENT if dlse is None else flat(dlse)
     results = (_strided(out, packed), _strided(dout, packed), flat(lse), dlse_argument, addend.of_queries(), flat(rows))
-    if adds_dq:
+    if way == "kept":
+        launches = [
+            Launch(attention_bwd_rows, row_programs, (*results, ABSENT, ABSENT, call), *variant),
+            tensors.launch_of_keys(spec_of_keys, tile_of_keys, None),
+        ]
+    elif way == "added":
         sums = q.new_empty(1, 1, row_programs * block_m * sum(columns) // _PANEL, _PANEL, dtype=torch.float32)
         launches = [
             Launch(attention_bwd_rows, row_programs, (*results, flat(sums), counter, call), *variant),
@@ -196,6 +202,22 @@ def plan_backward(
         launches.append(launch)
     sink_rows = None if extras.sink is None else SinkRows(extras.sink, lse, rows, packed, kept_factor(extras.dropout_p))
     return BackwardPlan(dq, dk, dv, dbias, bias, sink_rows, launches)
+
+
+def _way_of_dq(
+    q: Tensor, k: Tensor, v: Tensor, spec: BackwardSpec, addend: _Addend, blocks_m: int, deterministic: bool,
+    num_sms: int,
+) -> str:  # fmt: skip
+    """How dq is made, see `BackwardSpec.DQ`."""
+    if padded_head_dim(spec) > REGISTER_HEAD_DIM or (spec.BLOCK_D, spec.TAIL_D) != (spec.BLOCK_DV, spec.TAIL_DV):
+        return "apart"  # dk takes the way of dv
+    batch, seqlen_q, heads, _ = q.shape
+    has_matrices = not spec.VARLEN and heads == k.shape[2] and batch * heads >= num_sms  # one a program or more
+    if has_matrices and kept_tile_for(spec, addend.size, seqlen_q) is not None:
+        return "kept"
+    # Of many short sequences the sums would be mostly padding.
+    padded = spec.VARLEN and blocks_m * _ROWS > max(2 * seqlen_q, _FEW_ROWS)
+    return "apart" if deterministic or padded else "added"
 
 
 class _Tensors(NamedTuple):
@@ -236,7 +258,12 @@ class _Tensors(NamedTuple):
         if padded_head_dim(spec) > REGISTER_HEAD_DIM:
             return Launch(attention_bwd_wide, blocks, (*inputs, *gradients, self.call), spec, tile)
         programs = blocks if self.counter is ABSENT else min(blocks, self.num_sms)
-        dq = (ABSENT, ABSENT) if dq_sums is None else _pieces_of(dq_sums, tile.BLOCK_M, *columns)
+        dq = (ABSENT, ABSENT)
+        if spec.DQ == "kept":
+            programs = min(self.q.shape[0] * self.q.shape[2], self.num_sms)
+            dq = row_descriptors(self.dq, _ROWS, *columns)
+        elif dq_sums is not None:
+            dq = _pieces_of(dq_sums, tile.BLOCK_M, *columns)
         return Launch(attention_bwd, programs, (*inputs, *dq, *gradients, self.counter, self.call), spec, tile)
 
     def launch_of_queries(self, spec: BackwardSpec) -> Launch:
