@@ -132,6 +132,45 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
     assert sorted(visited) == [(b, h, n) for b in range(2) for h in range(2) for n in range(0, seqlen_k, rows)]
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 1000), (1, 64), (512, 130), (64, 2000)])
+def test_a_program_that_keeps_dq_has_all_blocks_of_a_matrix(mask, seqlen_q, seqlen_k):
+    q, k = torch.empty(2, seqlen_q, 4, 32).half(), torch.empty(2, seqlen_k, 4, 32).half()
+    lse = torch.empty(2, 4, seqlen_q)
+    plan = plan_backward(q, None, q, k, k, None, q, lse, mask, 0.1, False, NO_EXTRAS, False, SMS)
+    launch = plan.launches[1]
+    call, spec, tile = launch.arguments[-1].value, launch.spec, launch.tile
+    assert spec.DQ == "kept"
+    assert len(plan.launches) == 2
+    assert launch.programs == SMS
+    program = [0]
+    names = ("num_blocks", "first_number", "number_of", "block_of", "first_step", "following")
+    stand_in = language(program, SMS)
+    walk = SimpleNamespace(**{name: as_python(getattr(backward_walk, name), stand_in) for name in names})
+    turns = backward_walk.Turns(0, 0, 0)
+    blocks = walk.num_blocks(call, spec, tile)
+    visited = []
+    for program[0] in range(SMS):
+        sent, used = [], []
+        step = walk.first_step(turns, call, spec, tile)
+        while step.number < blocks:
+            sent.append((step.number, step.i, step.head, step.m))
+            step = walk.following(step, turns, call, spec, tile)
+        i, number = 0, walk.first_number(call, spec, tile)
+        while number < blocks:
+            block = walk.block_of(number, call, spec, tile)
+            assert block.last <= -(-seqlen_q // tile.BLOCK_M) <= tile.DQ_TILES * 64 // tile.BLOCK_M
+            visited.append((block.batch, block.head_kv, block.start_n))
+            used += [(number, i, block.head_kv, m) for m in range(block.first, block.last)]
+            i += 1
+            number = walk.number_of(turns, i, call, spec, tile)
+        assert sent == used
+    starts = range(0, seqlen_k, 64 * tile.CONSUMERS)
+    matrices = [matrix[:2] for matrix in visited[:: len(starts)]]
+    assert sorted(matrices) == list(product(range(2), range(4)))
+    assert visited == [(*matrix, start) for matrix in matrices for start in starts]
+
+
 class Slots:
     """Shared memory and barriers of `SLOTS` slots: a wait for a phase that is not over yet fails here."""
 
