@@ -114,7 +114,7 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
             keys_are_due = tile.KEYS_STAGES > 1
             block = walk.block_of(number, call, spec, tile)
             visited.append((block.batch, block.head_kv, block.start_n))
-            assert 0 <= block.first < block.last <= -(-seqlen_q // 64)
+            assert 0 <= block.first < block.last <= -(-seqlen_q // tile.BLOCK_M)
             for head in range(block.head_kv * call.group, (block.head_kv + 1) * call.group):
                 for m in range(block.first, block.last):
                     if step > 0 and to_send.number < blocks:
@@ -133,24 +133,25 @@ def test_operands_come_in_the_order_in_which_they_are_used(mask, seqlen_q, seqle
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 1000), (1, 64), (512, 130), (64, 2000)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(200, 1000), (1, 64), (256, 130), (64, 2000)])
 def test_a_program_that_keeps_dq_has_all_blocks_of_a_matrix(mask, seqlen_q, seqlen_k):
+    programs = 2
     q, k = torch.empty(2, seqlen_q, 4, 32).half(), torch.empty(2, seqlen_k, 4, 32).half()
     lse = torch.empty(2, 4, seqlen_q)
-    plan = plan_backward(q, None, q, k, k, None, q, lse, mask, 0.1, False, NO_EXTRAS, False, SMS)
+    plan = plan_backward(q, None, q, k, k, None, q, lse, mask, 0.1, False, NO_EXTRAS, False, programs)
     launch = plan.launches[1]
     call, spec, tile = launch.arguments[-1].value, launch.spec, launch.tile
     assert spec.DQ == "kept"
     assert len(plan.launches) == 2
-    assert launch.programs == SMS
+    assert launch.programs == programs
     program = [0]
     names = ("num_blocks", "first_number", "number_of", "block_of", "first_step", "following")
-    stand_in = language(program, SMS)
+    stand_in = language(program, programs)
     walk = SimpleNamespace(**{name: as_python(getattr(backward_walk, name), stand_in) for name in names})
     turns = backward_walk.Turns(0, 0, 0)
     blocks = walk.num_blocks(call, spec, tile)
     visited = []
-    for program[0] in range(SMS):
+    for program[0] in range(programs):
         sent, used = [], []
         step = walk.first_step(turns, call, spec, tile)
         while step.number < blocks:
@@ -240,8 +241,9 @@ def test_a_consumer_masks_what_its_keys_need_and_skips_what_sees_none_of_them(ma
             start_n = block.start_n + 64 * part
             seen = seen_by(block, start_n, call, spec, tile)
             assert block.first <= seen.first <= seen.last <= block.last
-            for m in range(-(-seqlen_q // 64)):
-                tile_of = visible[64 * m : 64 * m + 64, start_n : start_n + 64]
+            rows = tile.BLOCK_M
+            for m in range(-(-seqlen_q // rows)):
+                tile_of = visible[rows * m : rows * (m + 1), start_n : start_n + 64]
                 assert seen.first <= m < seen.last or not tile_of.any()
                 assert tile_of.all() or not seen.full_first <= m < seen.full_last
 

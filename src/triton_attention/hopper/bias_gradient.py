@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention._compat import copy_to_global, copy_to_shared
-from triton_attention.hopper.backward_scores import load_query_numbers
+from triton_attention.hopper.backward_channels import LSE, NEGATIVE_DELTA
 from triton_attention.hopper.channel import (
     Channel,
     bytes_of,
@@ -40,6 +40,7 @@ from triton_attention.hopper.forward_producer import PRODUCER_REGISTERS
 from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, rows_layout
 from triton_attention.hopper.mask import mask_queries
+from triton_attention.hopper.narrow import widening
 from triton_attention.hopper.schedule import visible_range
 from triton_attention.hopper.softmax import LOG2_E, cap_scores, distances, opaque_zero
 
@@ -66,7 +67,7 @@ class Operands(NamedTuple):
     v: object
     dout: object
     bias: object
-    rows: object  # a pointer to (batch, heads_q, 2, seqlen_q padded)
+    rows: object  # (batch, heads_q, 2, seqlen_q padded)
 
 
 class Streams(NamedTuple):
@@ -77,6 +78,7 @@ class Streams(NamedTuple):
 
     left: object  # (STAGES * CONSUMERS, 1, 1, 64, columns): of q or dout
     right: object  # (STAGES, 1, 1, 128, columns): of k or v
+    numbers: object  # (STAGES * CONSUMERS, 1, 1, 1, 64): lse of the queries of q, or -delta of those of dout
     ready: object  # a channel without tiles of its own
     bias: object
 
@@ -142,26 +144,28 @@ def first_sharer(tile, sharing):
 
 
 @gluon.jit
-def next_sharer(sharer, tile, sharing, advance=1):
-    """The one after it, or with `advance` 0 the same."""
-    head = sharer.head + advance
+def next_sharer(sharer, tile, sharing):
+    """The one after it."""
+    head = sharer.head + 1
     is_last = head == tile.head + sharing.shared_heads
     return Sharer(gl.where(is_last, sharer.batch + 1, sharer.batch), gl.where(is_last, tile.head, head))
 
 
 @gluon.jit
-def send_factors(streams, left, right, step, sharer, tile, column, call):
-    """Copy columns of the factors of a product, once the slot of a step is empty."""
+def send_factors(streams, left, right, rows, step, sharer, tile, column, call, NUMBER: gl.constexpr):
+    """Copy columns of the factors of a product, and a number a query, once the slot of a step is empty."""
     STAGES: gl.constexpr = streams.right.shape[0]
     PARTS: gl.constexpr = CONSUMERS
-    BYTES: gl.constexpr = PARTS * bytes_of(left) + bytes_of(right)
+    BYTES: gl.constexpr = PARTS * (bytes_of(left) + bytes_of(rows)) + bytes_of(right)
     slot = step % STAGES
     wait_empty(streams.ready, step)
     full = streams.ready.full.index(slot)
     mbarrier.expect(full, BYTES)
     for part in gl.static_range(PARTS):
-        place = [sharer.batch, sharer.head, tile.start_m + part * WARPGROUP_ROWS, column]
-        copy_to_shared(left, place, full, streams.left.index(slot * CONSUMERS + part))
+        start_m = tile.start_m + part * WARPGROUP_ROWS
+        index = slot * CONSUMERS + part
+        copy_to_shared(left, [sharer.batch, sharer.head, start_m, column], full, streams.left.index(index))
+        copy_to_shared(rows, [sharer.batch, sharer.head, NUMBER, start_m], full, streams.numbers.index(index))
     place = [sharer.batch, sharer.head // call.group, tile.start_n, column]
     copy_to_shared(right, place, full, streams.right.index(slot))
 
@@ -170,16 +174,17 @@ def send_factors(streams, left, right, step, sharer, tile, column, call):
 def produce(streams, operands, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The producer warp of the operands."""
     COLUMNS: gl.constexpr = operands.q.block_type.shape[3]
+    q, k, v, dout, rows = operands.q, operands.k, operands.v, operands.dout, operands.rows
     step = 0
     for number in range(gl.program_id(0), num_tiles(sharing, call), gl.num_programs(0)):
         tile = tile_of(number, sharing, call, SPEC)
         sharer = first_sharer(tile, sharing)
         for _ in range(tile.count):
             for chunk in range(TILE.CHUNKS):
-                send_factors(streams, operands.q, operands.k, step, sharer, tile, chunk * COLUMNS, call)
+                send_factors(streams, q, k, rows, step, sharer, tile, chunk * COLUMNS, call, LSE)
                 step += 1
             for chunk in range(TILE.CHUNKS):
-                send_factors(streams, operands.dout, operands.v, step, sharer, tile, chunk * COLUMNS, call)
+                send_factors(streams, dout, v, rows, step, sharer, tile, chunk * COLUMNS, call, NEGATIVE_DELTA)
                 step += 1
             sharer = next_sharer(sharer, tile, sharing)
 
@@ -208,9 +213,27 @@ def multiply(streams, step, acc, INDEX: gl.constexpr, FIRST: gl.constexpr):
 
 
 @gluon.jit
+def load_numbers(streams, step, INDEX: gl.constexpr):
+    """(64,): lse or -delta of this consumer's queries, which came with the slot of a step."""
+    STAGES: gl.constexpr = streams.right.shape[0]
+    numbers = streams.numbers.index(step % STAGES * CONSUMERS + INDEX)
+    return numbers.reshape([WARPGROUP_ROWS]).load(rows_layout(BLOCK_N))
+
+
+@gluon.jit
+def load_bias(tile):
+    """In float32; numbers of 16 bits are widened two at once."""
+    values = tile.load(accumulator_layout(BLOCK_N))
+    if values.dtype != gl.float32:
+        values = gl.inline_asm_elementwise(
+            widening(values.dtype, "$2", "$0", "$1"), "=&r,=&r,r", [values], dtype=gl.float32, is_pure=True, pack=2
+        )
+    return values
+
+
+@gluon.jit
 def add_sharers(
-    streams, operands, tile, tiles, start_m, step, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr,
-    INDEX: gl.constexpr,
+    streams, tile, tiles, start_m, step, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
 ):  # fmt: skip
     """(sum of dS over the sharers of the tile that is this program's `tiles`-th: 64 rows of it, the next step).
 
@@ -218,17 +241,12 @@ def add_sharers(
     released, and that of dP while the weights are made.
     """
     CHUNKS: gl.constexpr = TILE.CHUNKS
-    layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, layout)
+    zero = gl.full([WARPGROUP_ROWS, BLOCK_N], 0.0, gl.float32, accumulator_layout(BLOCK_N))
     grad = zero
-    numbers = start_m + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_N))
     bias_tile = tile_of_channel(streams.bias.tiles, streams.bias, tiles, INDEX)
     seed = load_seed(call, SPEC)
     sharer = first_sharer(tile, sharing)
-    next_lse, next_negative_delta = load_query_numbers(operands.rows, sharer.batch, sharer.head, numbers, call, SPEC)
     for i in range(tile.count):
-        is_last = i == tile.count - 1
-        lse, negative_delta = next_lse, next_negative_delta
         slope = load_slope(sharer.batch, sharer.head, call, SPEC) * LOG2_E
         matrix = sharer.batch * call.heads_q + sharer.head
         scores = zero
@@ -239,28 +257,26 @@ def add_sharers(
                 scores = warpgroup_mma_wait(1, deps=[scores])
                 release(streams.ready, step - 1)
             step += 1
+        lse = load_numbers(streams, step - 1, INDEX)
         bits = draw(seed, matrix, start_m, tile.start_n, call, SPEC, BLOCK_N, False)
         for chunk in gl.static_range(CHUNKS):
             dweights = multiply(streams, step, dweights, INDEX, chunk == 0)
             if chunk == 0:
+                negative_delta = load_numbers(streams, step, INDEX)
                 scores = warpgroup_mma_wait(1, deps=[scores])
             else:
                 dweights = warpgroup_mma_wait(1, deps=[dweights])
             release(streams.ready, step - 1)
             step += 1
-        sharer = next_sharer(sharer, tile, sharing, gl.where(is_last, 0, 1))
-        next_lse, next_negative_delta = load_query_numbers(
-            operands.rows, sharer.batch, sharer.head, numbers, call, SPEC
-        )
+        sharer = next_sharer(sharer, tile, sharing)
         scores, _ = cap_scores(scores, call, SPEC)  # before the bias is in registers
         wait_full(streams.bias, tiles)
-        bias = bias_tile.load(layout)
-        exponents = scores + (bias.to(gl.float32) * LOG2_E - lse[:, None])
+        exponents = scores + (load_bias(bias_tile) * LOG2_E - lse[:, None])
         if SPEC.ALIBI:  # with a zero that the compiler does not know: distances are not kept from sharer to sharer
             exponents -= slope * distances(start_m + call.extras.diagonal + opaque_zero(), tile.start_n, BLOCK_N)
         weights = gl.exp2(exponents)
         # The branch keeps the exponentials before the wait, which ptxas would else move up.
-        if is_last:
+        if i == tile.count - 1:
             release(streams.bias, tiles)
         dweights = warpgroup_mma_wait(0, deps=[dweights])
         release(streams.ready, step - 1)
@@ -269,9 +285,7 @@ def add_sharers(
 
 
 @gluon.jit
-def consume(
-    streams, operands, dbias, staging, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr
-):  # fmt: skip
+def consume(streams, dbias, staging, sharing, call, SPEC: gl.constexpr, TILE: gl.constexpr, INDEX: gl.constexpr):
     """A consumer warpgroup: the rows [64 INDEX, 64 INDEX + 64) of every tile."""
     tiles = 0
     step = 0
@@ -279,7 +293,7 @@ def consume(
     for number in range(gl.program_id(0), num_tiles(sharing, call), gl.num_programs(0)):
         tile = tile_of(number, sharing, call, SPEC)
         start_m = tile.start_m + INDEX * WARPGROUP_ROWS
-        grad, step = add_sharers(streams, operands, tile, tiles, start_m, step, sharing, call, SPEC, TILE, INDEX)
+        grad, step = add_sharers(streams, tile, tiles, start_m, step, sharing, call, SPEC, TILE, INDEX)
         if tile.count > 0:
             tiles += 1
         # Once a tile, not for each sharer; and what lies outside of the matrix a copy leaves out.
@@ -306,6 +320,7 @@ def attention_bwd_dbias(q, k, v, dout, bias, rows, dbias, sharing, call, SPEC: g
     streams = Streams(
         new_tiles(q, STAGES * CONSUMERS),
         new_tiles(k, STAGES),
+        new_tiles(rows, STAGES * CONSUMERS),
         Channel(0, 0, new_barriers(STAGES, 1), new_barriers(STAGES, CONSUMERS)),
         new_channel(bias, None, TILE.BIAS_STAGES, CONSUMERS, CONSUMERS),
     )
@@ -315,8 +330,8 @@ def attention_bwd_dbias(q, k, v, dout, bias, rows, dbias, sharing, call, SPEC: g
     C1: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (consume, (streams, operands, dbias, staging, sharing, call, SPEC, TILE, C0)),
-            (consume, (streams, operands, dbias, staging, sharing, call, SPEC, TILE, C1)),
+            (consume, (streams, dbias, staging, sharing, call, SPEC, TILE, C0)),
+            (consume, (streams, dbias, staging, sharing, call, SPEC, TILE, C1)),
             (produce, (streams, operands, sharing, call, SPEC, TILE)),
             (produce_bias, (streams, operands, sharing, call, SPEC)),
         ],

@@ -94,6 +94,9 @@ ROWS = (
     Row(64, tile(3, 128, 3, skips=True), bias_size=0, seqlen_k=range(8192, 2**31)),  # causal, s 16k: 503
     Row(64, tile(4, 64, 4, skips=True), bias_size=0),  # causal, s 1k, 4k, 16k: 323, 453, 434; 3 x 128: 252, 442, 503
     Row(128, tile(2, 128, 2), bias_size=0),  # s 1k, 4k, 16k: 592, 687, 656; causal 392, 600, 618
+    Row(
+        160, tile(2, 64, 3, q_stages=1, skips=True), bias_size=0, banded=True
+    ),  # s 2000, causal: 482, no skips: 467 (H200)
     Row(160, tile(2, 64, 3, q_stages=1), bias_size=0),  # s 2000, causal: 421; 2 stages, and 2 of queries: 414
     Row(192, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 2000, b 4, causal: 428
     Row(256, tile(2, 64, 2, q_stages=1), bias_size=0),  # s 1k, 4k, 16k: 597, 732, 707; causal 409, 611, 673
@@ -158,6 +161,7 @@ def tile_for(spec: Spec, bias_size: int, seqlen_k: int) -> Tile:
     raise LookupError(f"no tile for {spec} with a bias of {bias_size} bytes a number and {seqlen_k} keys")
 
 
+_SHARED_MEMORY = 232_448  # bytes of a program
 REGISTER_HEAD_DIM = 128  # above it a warpgroup's registers do not hold both dk and dv
 
 
@@ -260,6 +264,7 @@ class BackwardRow(NamedTuple):
     seqlen_k: range = range(2**31)
     dropout: bool | None = None  # whether there is dropout, whose bits want shared memory; None matches either
     crowding: range = range(4)  # see `_crowding`
+    banded: bool | None = None  # whether there is a causal mask or a window
     packed: bool | None = None  # whether sequences are packed, whose numbers are padded to 64 queries
 
 
@@ -281,6 +286,16 @@ BACKWARD_ROWS = (
     # three consumers spill up to 424 bytes, and 616 with Triton 3.9
     BackwardRow(64, 0, BackwardTile(2, 3, 2, False, 208, 88, 168, 2), crowding=range(2, 4)),
     BackwardRow(64, 2, BackwardTile(2, 3, 1, False, 208, 88, 168), crowding=range(2, 4)),
+    # s 1024: 671 us, three consumers 705; causal 440 and 408, s 4096 2375 and 2355 (H200)
+    BackwardRow(
+        64,
+        0,
+        BackwardTile(2, 2, 1, False, 192, 120, 168, 2, 128),
+        seqlen_k=range(2048),
+        crowding=range(1),
+        banded=False,
+        packed=False,
+    ),
     # s 1024 full / causal: 705 / 465 us; with two stages 760 / 485, with three and one block of keys 710 / 501
     BackwardRow(64, 0, BackwardTile(3, 3, 2, False, 144, 80, 128, 2)),
     # pair bias n 256, 384, 512: 106, 308, 696 us, with three consumers 137, 265, 653; with two stages 119, 336, 725 and
@@ -289,6 +304,9 @@ BACKWARD_ROWS = (
     BackwardRow(32, 2, BackwardTile(3, 3, 2, False, 144, 80, 128, 2)),
     BackwardRow(64, 2, BackwardTile(3, 3, 1, False, 144, 80, 128)),  # 414 us; two stages 452; two consumers 432
     BackwardRow(64, 4, BackwardTile(2, 2, 1, False, 208, 88, 168)),
+    # s 2000, causal, d 80 / 96: 787 / 714 us; one block of keys, 200 and 104 registers 809 / 783, 216 and 72 858 / 801
+    # (H200)
+    BackwardRow(96, 0, BackwardTile(2, 3, 1, False, 192, 120, 168, 2), crowding=range(2)),
     # s 1024 full / causal: 602 / 449 us; two stages 653 / 463. 208 and 88 registers spill: 444 TFLOP/s of 528
     BackwardRow(128, 0, BackwardTile(2, 3, 1, False, 216, 72, 168)),
     BackwardRow(128, 2, BackwardTile(2, 2, 1, False, 216, 72, 168)),  # 662 us
@@ -297,8 +315,9 @@ BACKWARD_ROWS = (
 
 # Where dq of a head of a batch entry is kept in shared memory by the program that has all of its keys.
 KEPT_ROWS = (
+    # pair bias n 256: 122 us with the passes before and after it, 144 where dq is added up; n 384 and 512 with as many
+    # tiles as these need: 326 and 341, 759 and 759 (H200)
     BackwardRow(32, 2, BackwardTile(2, 2, 1, False, 208, 88, 168, 2, 128, 4), crowding=range(2)),
-    BackwardRow(32, 2, BackwardTile(2, 2, 1, False, 208, 88, 168, 1, 128, 8), crowding=range(2)),
 )
 
 # Where dq is made apart: the kernels that own keys, in TFLOP/s that count the four products they do; full / causal.
@@ -319,6 +338,9 @@ QUERIES_ROWS = (
     QueriesRow(64, 0, QueriesTile(3, 64, 4, 160, 128)),
     QueriesRow(64, 4, QueriesTile(2, 64, 3, 240, 168)),
     QueriesRow(128, 4, QueriesTile(2, 64, 2, 240, 168)),  # 697 / 631; 3 x 64, 2 x 128: 631 / 545, 536 / 476
+    QueriesRow(
+        192, 0, QueriesTile(2, 64, 2, 240, 168)
+    ),  # s 2000, causal, d 160 / 192: 305 / 293 us; 32 keys: 378 / 356
     QueriesRow(256, 4, QueriesTile(2, 32, 2, 240, 168)),  # 670 / 558; 2 x 64 in one stage: 552 / 481
 )
 
@@ -326,12 +348,7 @@ QUERIES_ROWS = (
 def keys_tile_for(spec: BackwardSpec, bias_size: int, seqlen_k: int) -> BackwardTile:
     """The tile of the kernel for dk and dv; `bias_size` is that of one number of the bias, 0 without one."""
     rows = BACKWARD_ROWS if spec.DQ == "added" else KEYS_ROWS
-    fitting = (
-        row
-        for row in rows
-        if row.dropout in (None, spec.DROPOUT) and _crowding(spec) in row.crowding and row.packed in (None, spec.VARLEN)
-    )
-    return _first_row(fitting, spec, bias_size, seqlen_k).tile
+    return _first_row((row for row in rows if _suits(row, spec)), spec, bias_size, seqlen_k).tile
 
 
 def kept_tile_for(spec: BackwardSpec, bias_size: int, seqlen_q: int) -> BackwardTile | None:
@@ -339,7 +356,7 @@ def kept_tile_for(spec: BackwardSpec, bias_size: int, seqlen_q: int) -> Backward
     size = bias_size if spec.BIAS_ROWS else 0
     for row in KEPT_ROWS:
         fits = padded_head_dim(spec) <= row.head_dim and seqlen_q <= 64 * row.tile.DQ_TILES
-        if fits and size <= row.bias_size and _crowding(spec) in row.crowding:
+        if fits and size <= row.bias_size and _suits(row, spec):
             return row.tile
     return None
 
@@ -355,13 +372,28 @@ def _first_row(rows: Iterable[_Row], spec: BackwardSpec, bias_size: int, seqlen_
     return next(row for row in rows if head_dim <= row.head_dim and size <= row.bias_size and seqlen_k in row.seqlen_k)
 
 
+def _suits(row: BackwardRow, spec: BackwardSpec) -> bool:
+    banded = spec.HAS_LOWER or spec.HAS_UPPER
+    return (
+        row.dropout in (None, spec.DROPOUT)
+        and _crowding(spec) in row.crowding
+        and row.banded in (None, banded)
+        and row.packed in (None, spec.VARLEN)
+    )
+
+
 def _crowding(spec: BackwardSpec) -> int:
     """How much there is that wants registers: changed scores, dropout, and the gradient of a bias of the keys."""
     return (spec.SOFTCAP or spec.ALIBI) + spec.DROPOUT + (spec.DBIAS == "keys")
 
 
 def bias_gradient_tile(head_dim: int, bias_size: int, gradient_size: int) -> BiasGradientTile:
-    """The tile for the larger head dimension and the bytes of a number; as many stages as shared memory holds."""
-    chunks = -(-head_dim // 64)
-    stages = 4 if bias_size <= 2 else 3
-    return BiasGradientTile(2 * stages if head_dim <= 32 else stages, 2 if gradient_size <= 2 else 1, chunks)
+    """The tile for the larger head dimension and the bytes of a number; as many stages as shared memory holds.
+
+    The bias of the next tile comes early where tiles are not split, and so may have few sharers.
+    """
+    room = _SHARED_MEMORY - 1024 - 128 * 128 * gradient_size
+    stage = (128 + 128) * min(head_dim, 64) * 2 + 128 * 4
+    bias = 128 * 128 * bias_size
+    bias_stages = 2 if gradient_size <= 2 and room - 2 * bias >= 3 * stage else 1
+    return BiasGradientTile(min(8, (room - bias_stages * bias) // stage), bias_stages, -(-head_dim // 64))

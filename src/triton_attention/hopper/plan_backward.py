@@ -212,7 +212,8 @@ def _way_of_dq(
     if padded_head_dim(spec) > REGISTER_HEAD_DIM or (spec.BLOCK_D, spec.TAIL_D) != (spec.BLOCK_DV, spec.TAIL_DV):
         return "apart"  # dk takes the way of dv
     batch, seqlen_q, heads, _ = q.shape
-    has_matrices = not spec.VARLEN and heads == k.shape[2] and batch * heads >= num_sms  # one a program or more
+    # One after the other for each program: few would leave multiprocessors idle in the last round.
+    has_matrices = not spec.VARLEN and heads == k.shape[2] and batch * heads >= 4 * num_sms
     if has_matrices and kept_tile_for(spec, addend.size, seqlen_q) is not None:
         return "kept"
     # Of many short sequences the sums would be mostly padding.
@@ -369,7 +370,7 @@ def _plan_shared_dbias(
         _rows_of(v, _TILE_N, columns),
         _rows_of(dout, _ROWS, columns),
         descriptor(bias.expand(batch, heads, seqlen_q, seqlen_k), _ROWS, _TILE_N),
-        flat(rows),
+        descriptor(rows, 1, _ROWS),
         descriptor(dbias, _ROWS, _TILE_N),
         Argument(sharing, Sharing("i32", "i32", "i32", "i32")),
         call,
