@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise, product
 import pytest
 import torch
 from gluon_as_python import Pointer, as_python, language
+from test_hopper_steps import Dealt, walking
 
 from triton_attention import attention_varlen, kernel
 from triton_attention.hopper import (
@@ -20,6 +21,7 @@ from triton_attention.hopper import (
     schedule,
 )
 from triton_attention.hopper.channel import PACKED_ROWS
+from triton_attention.hopper.configs import takes_turns
 from triton_attention.hopper.plan_backward import plan_backward
 from triton_attention.philox import drop_below, kept_factor
 from triton_attention.problem import Extras, Mask, Packing
@@ -56,21 +58,29 @@ class Call:
         self.plan = plan_backward(q, None, q, k, v, None, q, lse, mask, 0.1, False, extras, deterministic, SMS)
         self.rows, self.keys, self.queries = self.plan.launches  # "queries": that of dq
 
-    def blocks(self, launch, along_keys):
-        """What each program of a launch works with: the call of its sequence, its block, and who sees its parts."""
-        program = [0]
-        stand_in = language(program, launch.programs)
-        own = as_python(backward_call.call_of_own_block, stand_in)
-        block_of = as_python(backward_walk.block_of if along_keys else backward_queries.block_of_program, stand_in)
-        seen_by = as_python(backward_walk.seen_by, stand_in)
-        load_slope = as_python(heads.load_slope, stand_in)
+    def numbers(self, launch):
+        """Those of a launch, with pointers that Python can load from."""
         call = launch.arguments[-1].value
         packing = call.packing._replace(cu_seqlens_q=Pointer(self.starts[0]), cu_seqlens_k=Pointer(self.starts[1]))
         slopes = call.extras.slopes
         slopes = slopes._replace(ptr=Pointer(slopes.ptr.flatten()))
-        call = call._replace(packing=packing, extras=call.extras._replace(slopes=slopes))
-        for program[0] in range(launch.programs):
-            found = own(call, along_keys, launch.tile.CONSUMERS * 64, launch.spec)
+        return call._replace(packing=packing, extras=call.extras._replace(slopes=slopes))
+
+    def blocks(self, launch, along_keys):
+        """Of each number: the call of its sequence, its block, and who sees its parts."""
+        program = [0]
+        stand_in = language(program, launch.programs)
+        own = as_python(backward_call.call_of_block, stand_in)
+        block_of = as_python(backward_walk.block_of if along_keys else backward_queries.block_of_program, stand_in)
+        seen_by = as_python(backward_walk.seen_by, stand_in)
+        load_slope = as_python(heads.load_slope, stand_in)
+        call = self.numbers(launch)
+        count = launch.programs
+        if along_keys:
+            count = as_python(backward_walk.num_blocks, stand_in)(call, launch.spec, launch.tile)
+            assert launch.programs == (min(count, SMS) if takes_turns(launch.spec) else count)
+        for program[0] in range(count):
+            found = own(program[0], call, along_keys, launch.tile.CONSUMERS * 64, launch.spec)
             block = block_of(*program[: int(along_keys)], found, launch.spec, launch.tile)
             load_slope(block.batch, 0, found, launch.spec)  # of a sequence that there is
             parts = [block]
@@ -125,7 +135,8 @@ def test_each_row_has_one_owner_that_visits_what_it_sees(owners_of, lengths, hea
         owners[head, own] += 1
         steps = range(block.first, block.last)
         if block.batch == len(lengths) or not own:
-            assert not steps
+            assert all(part.first >= part.last for part in parts)
+            assert takes_turns(launch.spec) or not steps
             continue
         lengths_of_it = lengths[block.batch]
         assert own == list(range(starts[block.batch] + start, own[-1] + 1))
@@ -161,22 +172,26 @@ def test_sequences_share_the_seed_and_the_rate_of_dropout(along_keys):
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_an_assistant_sends_the_steps_that_its_program_has(lengths, mask):
-    """None where it has none; and is done after its one block."""
+def test_an_assistant_sends_the_steps_of_one_block_after_the_other(lengths, mask):
     call = Call(lengths, mask, deterministic=False)
-    launch = call.keys
-    for program, (found, block, _) in enumerate(call.blocks(launch, True)):
-        stand_in = language([program], launch.programs)
-        first_step, following, num_blocks = (
-            as_python(getattr(backward_walk, name), stand_in) for name in ("first_step", "following", "num_blocks")
-        )
-        heads_of_it = range(2 * block.head_kv, 2 * block.head_kv + 2)
-        step = first_step(None, found, launch.spec, launch.tile)
-        for head, m in product(heads_of_it, range(block.first, block.last)):
-            assert (step.head, step.m, step.i) == (head, m, 0)
-            assert step.number < num_blocks(found, launch.spec, launch.tile)
-            step = following(step, None, found, launch.spec, launch.tile)
-        assert step.number >= num_blocks(found, launch.spec, launch.tile)
+    launch, numbers = call.keys, call.numbers(call.keys)
+    blocks = [block for _, block, _ in call.blocks(launch, True)]
+    program = [0]
+    walk = walking(launch, program)
+    assert walk.num_blocks(numbers, launch.spec, launch.tile) == len(blocks)
+    for program[0] in range(launch.programs):
+        mine = range(program[0], len(blocks), launch.programs)
+        turns = Dealt(mine[1:], len(blocks))
+        step = walk.first_step(turns, numbers, launch.spec, launch.tile)
+        for i, number in enumerate(mine):
+            block = blocks[number]
+            heads_of_it = range(2 * block.head_kv, 2 * block.head_kv + 2)
+            assert block.first < block.last
+            for head, m in product(heads_of_it, range(block.first, block.last)):
+                assert (step.number, step.i, step.head, step.m) == (number, i, head, m)
+                assert step.block == block
+                step = walk.following(step, turns, numbers, launch.spec, launch.tile)
+        assert step.number >= len(blocks)
 
 
 def in_order_of_threads(tile, pieces):
@@ -200,11 +215,15 @@ def test_sums_of_dq_begin_as_zeros_and_end_in_their_rows(lengths, head_dim, mask
     tile_of_sums = as_python(backward_assistant.tile_of_sums, language([0]))
     dq = call.plan.dq.fill_(math.nan)[0]
     expected = torch.zeros(dq.shape)
-    for found, block, _ in call.blocks(call.keys, True):
+    for found, block, parts in call.blocks(call.keys, True):
+        unused = block.batch == len(lengths)  # rows that no sequence has may hold NaN
+        seen = any(part.first < part.last for part in parts)
         for head, m in product(range(2 * block.head_kv, 2 * block.head_kv + 2), range(block.first, block.last)):
-            share = torch.randn(64, head_dim)
-            tile = tiles[tile_of_sums(block.batch, head, m, found, call.keys.spec, 64)]
+            share = torch.full([64, head_dim], math.nan) if unused else torch.randn(64, head_dim) * seen
+            tile = tiles[tile_of_sums(block, head, m, found, call.keys.spec, 64)]
             tile += in_order_of_threads(share, max(head_dim // 64, 1))
+            if unused:
+                continue
             start, end = call.starts[0][block.batch : block.batch + 2].tolist()
             own = slice(start + 64 * m, min(start + 64 * m + 64, end))
             expected[own, head] += share[: own.stop - own.start]

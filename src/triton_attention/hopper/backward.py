@@ -18,7 +18,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from triton_attention.hopper.backward_assistant import new_kept, serve
-from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
 from triton_attention.hopper.backward_scores import (
     add_transposed_bias,
@@ -28,7 +27,7 @@ from triton_attention.hopper.backward_scores import (
     multiply_values,
     score_gradients,
 )
-from triton_attention.hopper.backward_walk import block_of, first_number, num_blocks, number_of, seen_by
+from triton_attention.hopper.backward_walk import block_of, call_of_keys, first_number, num_blocks, number_of, seen_by
 from triton_attention.hopper.channel import (
     coordinates,
     hand_over,
@@ -114,9 +113,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     i = 0
     number = first_number(call, SPEC, TILE)
     while number < num_blocks(call, SPEC, TILE):
-        block = block_of(number, call, SPEC, TILE)
+        here = call_of_keys(number, call, SPEC, TILE)
+        block = block_of(number, here, SPEC, TILE)
         start_n = block.start_n + INDEX * WARPGROUP_ROWS
-        seen = seen_by(block, start_n, call, SPEC, TILE)
+        seen = seen_by(block, start_n, here, SPEC, TILE)
         dk = new_sums(SPEC.BLOCK_D, SPEC.TAIL_D)
         dv = new_sums(SPEC.BLOCK_DV, SPEC.TAIL_DV)
         keys = start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
@@ -124,11 +124,11 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
         v = columns_of(channels.v, i, INDEX, SPEC.TAIL_DV)
         wait_full(channels.k, i)
         wait_full(channels.v, i)
-        for member in range(call.group):
-            head = block.head_kv * call.group + member
-            matrix = block.batch * call.heads_q + head
-            key_bias = load_key_bias(inputs.bias, block.batch, head, keys, call, SPEC)
-            slope = load_slope(block.batch, head, call, SPEC) * LOG2_E
+        for member in range(here.group):
+            head = block.head_kv * here.group + member
+            matrix = block.batch * here.heads_q + head
+            key_bias = load_key_bias(inputs.bias, block.batch, head, keys, here, SPEC)
+            slope = load_slope(block.batch, head, here, SPEC) * LOG2_E
             dbias = gl.full([WARPGROUP_ROWS], 0.0, gl.float32, rows_layout(BLOCK_M))
             if SPEC.HAS_UPPER:
                 step = skip(channels, step, seen.first - block.first, SPEC, TILE, INDEX)
@@ -136,7 +136,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 start_m = m * BLOCK_M
                 q = columns_of(channels.q, step, 0, SPEC.TAIL_D)
                 dout = columns_of(channels.dout, step, 0, SPEC.TAIL_DV)
-                bits = draw(seed, matrix, start_m, start_n, call, SPEC, BLOCK_M, True)
+                bits = draw(seed, matrix, start_m, start_n, here, SPEC, BLOCK_M, True)
                 wait_full(channels.q, step)
                 scores = multiply_transposed(k, q, zero, False, SPEC.TAIL_D)
                 lse = load_numbers(channels, step, LSE)
@@ -145,10 +145,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                     scores = warpgroup_mma_wait(products(SPEC.TAIL_DV), deps=[scores])
                 else:
                     scores = warpgroup_mma_wait(0, deps=[scores])
-                exponents, derivative = exponents_of(scores, lse, slope, start_m, start_n, call, SPEC, True)
+                exponents, derivative = exponents_of(scores, lse, slope, start_m, start_n, here, SPEC, True)
                 weights = gl.exp2(add_transposed_bias(exponents, key_bias, channels, step, SPEC, TILE, INDEX))
                 if m < seen.full_first or m >= seen.full_last:
-                    weights = mask_keys(weights, start_m, start_n, call, SPEC, 0.0)
+                    weights = mask_keys(weights, start_m, start_n, here, SPEC, 0.0)
                 weights = mark(weights, bits, SPEC)
                 factors = narrow(weights * derivative, q.block.dtype)
                 weights = narrow(weights, q.block.dtype)
@@ -167,10 +167,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
                 dv, dk = wait_both(dv, dk, SPEC.TAIL_DV, SPEC.TAIL_D)
                 release(channels.q, step)
                 step += 1
-            if SPEC.HAS_LOWER:
+            if SPEC.HAS_LOWER or SPEC.VARLEN:
                 step = skip(channels, step, block.last - seen.last, SPEC, TILE, INDEX)
             if SPEC.DBIAS == "keys":
-                store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, call)
+                store_key_dbias(gradients.dbias, dbias, block.batch, head, keys, here)
 
         # Where the assistant still reads K, dK takes the way of dV, after it, and K's place is free for the next keys.
         place_of_dk = channels.k
@@ -180,7 +180,7 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
         store_rows(gradients.dv, channels.v, i, dv, block, start_n, SPEC, INDEX, SPEC.TAIL_DV)
         if SPEC.DQ != "apart":
             tma.store_wait(0)
-        dk = scaled(dk, call.softmax_scale, SPEC.TAIL_D)
+        dk = scaled(dk, here.softmax_scale, SPEC.TAIL_D)
         store_rows(gradients.dk, place_of_dk, i, dk, block, start_n, SPEC, INDEX, SPEC.TAIL_D)
         tma.store_wait(0)
         if SPEC.DQ == "apart":
@@ -201,11 +201,9 @@ def attention_bwd(
     head of each batch entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also
     these columns of `dbias` (batch, heads_q, seqlen_q, seqlen_k), written where a key is visible; with "keys" the sums
     of dS over the queries, `dbias` (batch, heads_q, seqlen_k). With SPEC.DQ == "added" a program adds its share to
-    `dq`, in no fixed order; everything else is the same bit for bit in every run. Of packed sequences, which have no
-    counter, the grid has a program for each block that they may have, see `call_of_own_block`.
+    `dq`, in no fixed order; everything else is the same bit for bit in every run. Packed sequences have
+    as many blocks as there can be, see `call_of_block`.
     """
-    if SPEC.VARLEN:
-        call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), rows, bias)
     gradients = Gradients(Columns(dq, dq_tail), Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
     ASSISTED: gl.constexpr = SPEC.DQ != "apart"

@@ -19,12 +19,14 @@ from triton_attention.hopper.backward_walk import (
     Step,
     announce,
     block_of,
+    call_of_keys,
     first_number,
     first_step,
     following,
     no_ticket,
     num_blocks,
     number_of,
+    takes_turns,
     ticket_with,
 )
 from triton_attention.hopper.channel import (
@@ -71,7 +73,7 @@ def send_queries(channels, inputs, number, step, call, SPEC: gl.constexpr, TILE:
     else:
         mbarrier.expect(full, BYTES_OF_Q + 2 * bytes_of(inputs.rows))
     if SPEC.VARLEN:
-        first_number = call.own.numbers + start_m
+        first_number = block.numbers + start_m
         numbers_batch = 0
     else:
         first_number = start_m
@@ -95,15 +97,15 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     ticket = no_ticket(channels.turns, SPEC)
     number = first_number(call, SPEC, TILE)
     while number < num_blocks(call, SPEC, TILE):
-        block = block_of(number, call, SPEC, TILE)
-        if SPEC.VARLEN:  # perhaps no query sees them
+        block = block_of(number, call_of_keys(number, call, SPEC, TILE), SPEC, TILE)
+        if SPEC.VARLEN and not takes_turns(SPEC):  # perhaps no query sees them
             send_keys(channels, inputs, i, block, SPEC, TILE)
         for member in range(call.group):
             head = block.head_kv * call.group + member
             for m in range(block.first, block.last):
                 sent = Step(head, m, block, number, i, ticket)
                 send_queries(channels, inputs, step, sent, call, SPEC, TILE)
-                if not SPEC.VARLEN:
+                if takes_turns(SPEC) or not SPEC.VARLEN:
                     if member == 0 and m == block.first:  # after the queries, whose place is free before that of keys
                         send_keys(channels, inputs, i, block, SPEC, TILE)
                 ticket = ticket_with(sent, channels.turns, call, SPEC)
@@ -178,13 +180,13 @@ def add_pieces(descriptors, staging, number):
 
 
 @gluon.jit
-def tile_of_sums(batch, head, m, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr):
+def tile_of_sums(block, head, m, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr):
     """The number of the tile where dQ of a block of queries is summed; it is that of the program of
     `attention_bwd_rows` that zeroes it."""
     if SPEC.VARLEN:
-        first = head * (call.padded_q // BLOCK_M) + call.own.numbers // BLOCK_M
+        first = head * (call.padded_q // BLOCK_M) + block.numbers // BLOCK_M
     else:
-        first = (batch * call.heads_q + head) * (call.padded_q // BLOCK_M)
+        first = (block.batch * call.heads_q + head) * (call.padded_q // BLOCK_M)
     return first + m
 
 
@@ -282,7 +284,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     i = 0
     number = first_number(call, SPEC, TILE)
     while number < last_block:
-        block = block_of(number, call, SPEC, TILE)
+        block = block_of(number, call_of_keys(number, call, SPEC, TILE), SPEC, TILE)
         if not EARLY_KEYS:
             send_keys(channels, inputs, i, block, SPEC, TILE)
         keys_are_due = True  # those of the next block, when its first queries have been sent
@@ -297,7 +299,9 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                     if keys_are_due and to_send.i > i:
                         next_number = number_of(turns, i + 1, call, SPEC, TILE)
                         if next_number < last_block:
-                            send_keys(channels, inputs, i + 1, block_of(next_number, call, SPEC, TILE), SPEC, TILE)
+                            next_call = call_of_keys(next_number, call, SPEC, TILE)
+                            next_block = block_of(next_number, next_call, SPEC, TILE)
+                            send_keys(channels, inputs, i + 1, next_block, SPEC, TILE)
                         keys_are_due = False
                 wait_full(channels.dscores, step)
                 if SPEC.DBIAS == "tile":
@@ -312,7 +316,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                     multiply_keys(channels, staging, step, i, SPEC, TILE)
                     release(channels.dscores, step)
                     fence_async_shared()
-                    add_pieces(gradients.dq, staging, tile_of_sums(block.batch, head, m, call, SPEC, BLOCK_M))
+                    add_pieces(gradients.dq, staging, tile_of_sums(block, head, m, call, SPEC, BLOCK_M))
                 step += 1
         if SPEC.DQ == "kept":
             if block.start_n + PARTS * WARPGROUP_ROWS >= call.seqlen_k:  # it was the last one of its matrix

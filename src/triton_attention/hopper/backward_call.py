@@ -29,11 +29,11 @@ class BackwardCall(NamedTuple):
     padded_q: object  # queries that have numbers, see `attention_bwd_rows`: of a matrix, or of all packed sequences
     extras: object = None  # what few calls have, a heads.Extras
     packing: object = None  # of packed sequences, a schedule.Packing
-    own: object = None  # and in a program an `OwnBlock`; see `call_of_own_block`
+    own: object = None  # and of one of their blocks an `OwnBlock`; see `call_of_block`
 
 
 class OwnBlock(NamedTuple):
-    """The block of queries or keys of a packed sequence that a program owns."""
+    """A block of queries or keys of a packed sequence."""
 
     start: object
     head: object
@@ -73,7 +73,7 @@ def place(number, call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.
 
 @gluon.jit
 def block_of_number(number, call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.constexpr):
-    """(first row, head, batch, sequence): that of a number, or of packed sequences the one that this program owns."""
+    """(first row, head, batch, sequence) of a number; of packed sequences that whose call it is."""
     sequence = 0
     if SPEC.VARLEN:
         start, head, batch, sequence = call.own.start, call.own.head, call.own.batch, call.own.sequence
@@ -84,18 +84,18 @@ def block_of_number(number, call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr,
 
 
 @gluon.jit
-def call_of_own_block(call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.constexpr):
-    """The call of packed sequences for the one of which this program owns a block: its lengths, band and diagonal.
+def call_of_block(number, call, ALONG_KEYS: gl.constexpr, BLOCK: gl.constexpr, SPEC: gl.constexpr):
+    """The call of packed sequences for the one that a block belongs to: its lengths, band and diagonal.
 
-    There are as many programs as there can be blocks. Where a sequence ends before the block, and in the rows that none
-    has, nothing is visible: the program visits nothing, and writes zeros where there are rows.
+    There are as many numbers as there can be blocks. Where a sequence ends before the block, and in the rows that none
+    has, nothing is visible: zeros are written where there are rows.
     """
     packing = call.packing
     if ALONG_KEYS:
         cu_seqlens, total = packing.cu_seqlens_k, packing.total_k
     else:
         cu_seqlens, total = packing.cu_seqlens_q, packing.total_q
-    tile, head, _ = place(gl.program_id(0), call, ALONG_KEYS, BLOCK, SPEC)
+    tile, head, _ = place(number, call, ALONG_KEYS, BLOCK, SPEC)
     batch, block = sequence_of(tile, cu_seqlens, total, call, BLOCK)
     start = block * BLOCK
     sequence = load_sequence(batch, call, ALONG_KEYS)

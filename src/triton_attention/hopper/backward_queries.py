@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from triton_attention._compat import copy_to_global
-from triton_attention.hopper.backward_call import block_of_number, call_of_own_block
+from triton_attention.hopper.backward_call import block_of_number, call_of_block
 from triton_attention.hopper.backward_scores import exponents_of, load_key_bias, load_query_numbers
 from triton_attention.hopper.channel import coordinates, new_channel, new_tiles, release, send, tile_of, wait_full
 from triton_attention.hopper.columns import (
@@ -205,10 +205,10 @@ def attention_bwd_queries(
 
     Grid: one program for each block of 64 CONSUMERS queries of each head of each batch entry. It owns these rows of
     `dq`, and with SPEC.DBIAS == "tile" of `dbias` (batch, heads_q, seqlen_q, seqlen_k), which it writes where a query
-    sees a key. Of packed sequences the grid has a program for each block that they may have, see `call_of_own_block`.
+    sees a key. Of packed sequences the grid has a program for each block that they may have, see `call_of_block`.
     """
     if SPEC.VARLEN:
-        call = call_of_own_block(call, False, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
+        call = call_of_block(gl.program_id(0), call, False, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     STAGES: gl.constexpr = TILE.STAGES
     CONSUMERS: gl.constexpr = TILE.CONSUMERS
     inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), bias, rows)

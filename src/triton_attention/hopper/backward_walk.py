@@ -15,10 +15,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_attention.hopper import configs
-from triton_attention.hopper.backward_call import block_of_number
+from triton_attention.hopper.backward_call import block_of_number, call_of_block
 from triton_attention.hopper.channel import new_barriers
 from triton_attention.hopper.layouts import WARPGROUP_ROWS
-from triton_attention.hopper.schedule import visible_range
+from triton_attention.hopper.schedule import first_tile, visible_range
 
 NOTICE = gl.constexpr(3)  # steps
 
@@ -27,8 +27,7 @@ takes_turns = gluon.constexpr_function(configs.takes_turns)
 
 class Block(NamedTuple):
     """A block of keys, and the blocks [first, last) of queries that see some of them. Where none sees any there is one
-    all the same, so that programs that take block after block find steps in each; packed sequences, of which a program
-    takes one, have none."""
+    all the same, so that programs that take block after block find steps in each."""
 
     start_n: object
     head_kv: object
@@ -36,6 +35,7 @@ class Block(NamedTuple):
     first: object
     last: object
     sequence: object  # a schedule.Sequence where they are packed, else 0
+    numbers: object  # where those of its queries begin, see `attention_bwd_rows`; else 0
 
 
 class Seen(NamedTuple):
@@ -153,8 +153,9 @@ def blocks_of_matrix(call, TILE: gl.constexpr):
 @gluon.jit
 def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Of keys."""
-    if SPEC.VARLEN:
-        blocks = gl.num_programs(0)  # each has one
+    if SPEC.VARLEN:  # as many as there can be
+        BLOCK_N: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
+        blocks = (first_tile(call.packing.total_k, call.batch, BLOCK_N) + 1) * (call.heads_q // call.group)
     else:
         blocks = blocks_of_matrix(call, TILE) * (call.heads_q // call.group) * call.batch
     return blocks
@@ -162,17 +163,29 @@ def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The `Block` of a number, whose call this is."""
     BLOCK_N: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     start_n, head_kv, batch, sequence = block_of_number(number, call, True, BLOCK_N, SPEC)
     begin, _, _, end = queries_of(start_n, BLOCK_N, call, SPEC, TILE)
     first = begin // BLOCK_M
     last = gl.cdiv(end, BLOCK_M)
-    if (SPEC.HAS_UPPER or SPEC.HAS_LOWER) and not SPEC.VARLEN:
+    if takes_turns(SPEC) if SPEC.VARLEN else SPEC.HAS_UPPER or SPEC.HAS_LOWER:
         unseen = last <= first
         first = gl.where(unseen, 0, first)
         last = gl.where(unseen, 1, last)
-    return Block(start_n, head_kv, batch, first, last, sequence)
+    numbers = 0
+    if SPEC.VARLEN:
+        numbers = call.own.numbers
+    return Block(start_n, head_kv, batch, first, last, sequence, numbers)
+
+
+@gluon.jit
+def call_of_keys(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The call for a block of keys: of packed sequences that of its sequence."""
+    if SPEC.VARLEN:
+        call = call_of_block(number, call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
+    return call
 
 
 @gluon.jit
@@ -194,18 +207,15 @@ def seen_by(block, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     last = block.last
     if SPEC.HAS_UPPER:
         first = gl.minimum(gl.maximum(begin // TILE.BLOCK_M, first), last)
-    if SPEC.HAS_LOWER:
+    if SPEC.HAS_LOWER or SPEC.VARLEN:  # a packed sequence may have no queries
         last = gl.minimum(gl.maximum(gl.cdiv(end, TILE.BLOCK_M), first), last)
     return Seen(first, full_begin // TILE.BLOCK_M, full_end // TILE.BLOCK_M, last)
 
 
 @gluon.jit
 def first_step(turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Of a program; where its block has no steps, what `following` gives after the last one."""
     number = first_number(call, SPEC, TILE)
-    block = block_of(number, call, SPEC, TILE)
-    if SPEC.VARLEN:
-        number = gl.where(block.first < block.last, number, num_blocks(call, SPEC, TILE))
+    block = block_of(number, call_of_keys(number, call, SPEC, TILE), SPEC, TILE)
     return Step(block.head_kv * call.group, block.first, block, number, 0, no_ticket(turns, SPEC))
 
 
@@ -224,7 +234,8 @@ def following(step, turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
             i += 1
             announce(turns, i, ticket, SPEC)
             number = number_of(turns, i, call, SPEC, TILE)
-            block = block_of(gl.minimum(number, num_blocks(call, SPEC, TILE) - 1), call, SPEC, TILE)
+            known = gl.minimum(number, num_blocks(call, SPEC, TILE) - 1)
+            block = block_of(known, call_of_keys(known, call, SPEC, TILE), SPEC, TILE)
             head = block.head_kv * call.group
         m = block.first
     return Step(head, m, block, number, i, ticket)

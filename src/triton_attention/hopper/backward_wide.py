@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from triton_attention.hopper.backward import store_key_dbias, store_rows
 from triton_attention.hopper.backward_assistant import produce
-from triton_attention.hopper.backward_call import call_of_own_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
 from triton_attention.hopper.backward_scores import (
     add_transposed_bias,
@@ -22,7 +21,7 @@ from triton_attention.hopper.backward_scores import (
     multiply_values,
     score_gradients,
 )
-from triton_attention.hopper.backward_walk import block_of, seen_by
+from triton_attention.hopper.backward_walk import block_of, call_of_keys, seen_by
 from triton_attention.hopper.channel import hand_over, release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.columns import (
     Columns,
@@ -165,18 +164,17 @@ def attention_bwd_wide(
 
     Grid: one program for each block of 64 keys of each key head of each batch entry. It owns these rows of `dk` and
     `dv`, and with SPEC.DBIAS == "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k). Of packed
-    sequences the grid has a program for each block that they may have, see `call_of_own_block`.
+    sequences the grid has a program for each block that they may have, see `call_of_block`.
     """
-    if SPEC.VARLEN:
-        call = call_of_own_block(call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
+    own = call_of_keys(gl.program_id(0), call, SPEC, TILE)
     inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), rows, bias)
     gradients = Gradients(0, Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
     channels = new_channels(inputs, None, SPEC, TILE, 2, tiles_of_weights(SPEC))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume_for_values, (channels, inputs, gradients, call, SPEC, TILE)),
-            (consume_for_keys, (channels, inputs, gradients, call, SPEC, TILE)),
+            (consume_for_values, (channels, inputs, gradients, own, SPEC, TILE)),
+            (consume_for_keys, (channels, inputs, gradients, own, SPEC, TILE)),
             (produce, (channels, inputs, call, SPEC, TILE)),
         ],
         [4, 1],

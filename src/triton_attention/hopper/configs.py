@@ -186,10 +186,11 @@ class BackwardSpec:
 
 
 def takes_turns(spec: BackwardSpec) -> bool:
-    """Whether a program of the kernel that owns keys takes one block of them after the other: packed sequences have a
-    program a block, and the kernel for wide heads."""
+    """Whether programs of the kernel that owns keys take one block of them after the other, each the next that is free.
+    Not where they keep dq; of packed sequences whose dq is made apart, and of wide heads, each has one."""
     head_dim = max(spec.BLOCK_D + spec.TAIL_D, spec.BLOCK_DV + spec.TAIL_DV)  # kernels ask too, and call nothing plain
-    return not spec.VARLEN and spec.DQ != "kept" and head_dim <= REGISTER_HEAD_DIM
+    deals = spec.DQ == "added" or (spec.DQ == "apart" and not spec.VARLEN)
+    return deals and head_dim <= REGISTER_HEAD_DIM
 
 
 @dataclass(frozen=True)

@@ -133,14 +133,15 @@ def attention_bwd_rows(
 
 @triton.jit
 def store_sums(
-    sums, dq, pointers, exists, first, call, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    sums, dq, pointers, exists, used, first, call, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Store the columns [first, first + WIDTH) of dQ, whose sums lie in pieces of some COLUMNS."""
+    """Store the columns [first, first + WIDTH) of dQ, whose sums lie in pieces of some COLUMNS; 0 in rows not used."""
     sums = tl.load(sums + tl.arange(0, BLOCK_M * WIDTH))
     # (piece, 64 rows, 8 columns, warp, row of 8, column of 8 / 2, row + 8, column of 2)
     sums = sums.reshape([WIDTH // COLUMNS, BLOCK_M // 64, COLUMNS // 8, 4, 8, 4, 2, 2])
     sums = sums.permute((1, 3, 6, 4, 0, 2, 5, 7)).reshape([BLOCK_M, WIDTH]) * call.softmax_scale
+    sums = tl.where(used[:, None], sums, 0.0)
     dims = first + tl.arange(0, WIDTH)
     inside = exists[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(pointers[:, None] + dims[None, :], sums.to(dq.ptr.dtype.element_ty), mask=inside)
@@ -158,14 +159,17 @@ def attention_bwd_dq(dq_sums, dq, call, SPEC: tl.constexpr, TILE: tl.constexpr):
     if SPEC.VARLEN:
         tile, head, _one = place(first_tile(call.packing.total_q, call.batch, BLOCK_M) + 1, call)
         batch, seqlen_q, block = queries_of(tile, call, True, BLOCK_M)
+        num_used = boundary(call.packing.cu_seqlens_q, call.batch, call.packing.total_q) - batch
     else:
         block, head, batch = place(tl.cdiv(call.seqlen_q, BLOCK_M), call)
         seqlen_q = call.seqlen_q
+        num_used = seqlen_q
     sums = dq_sums + tl.program_id(0).to(tl.int64) * (BLOCK_M * (BLOCK_D + TAIL_D))
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < seqlen_q
+    used = rows < num_used
     pointers = dq.ptr + batch * dq.batch + head * dq.head + rows.to(tl.int64) * dq.row
-    store_sums(sums, dq, pointers, exists, 0, call, BLOCK_M, BLOCK_D, TILE.DQ_COLUMNS, SPEC.HEAD_DIM)
+    store_sums(sums, dq, pointers, exists, used, 0, call, BLOCK_M, BLOCK_D, TILE.DQ_COLUMNS, SPEC.HEAD_DIM)
     if TAIL_D > 0:
         sums += BLOCK_M * BLOCK_D
-        store_sums(sums, dq, pointers, exists, BLOCK_D, call, BLOCK_M, TAIL_D, TAIL_D, SPEC.HEAD_DIM)
+        store_sums(sums, dq, pointers, exists, used, BLOCK_D, call, BLOCK_M, TAIL_D, TAIL_D, SPEC.HEAD_DIM)
