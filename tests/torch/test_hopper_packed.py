@@ -71,7 +71,7 @@ class Call:
         program = [0]
         stand_in = language(program, launch.programs)
         own = as_python(backward_call.call_of_block, stand_in)
-        block_of = as_python(backward_walk.block_of if along_keys else backward_queries.block_of_program, stand_in)
+        block_of = as_python(backward_walk.block_in if along_keys else backward_queries.block_of_program, stand_in)
         seen_by = as_python(backward_walk.seen_by, stand_in)
         load_slope = as_python(heads.load_slope, stand_in)
         call = self.numbers(launch)

@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from triton_attention.hopper.backward_assistant import new_kept, serve
+from triton_attention.hopper.backward_call import call_of_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
 from triton_attention.hopper.backward_scores import (
     add_transposed_bias,
@@ -27,7 +28,7 @@ from triton_attention.hopper.backward_scores import (
     multiply_values,
     score_gradients,
 )
-from triton_attention.hopper.backward_walk import block_of, call_of_keys, first_number, num_blocks, number_of, seen_by
+from triton_attention.hopper.backward_walk import block_in, first_number, num_blocks, number_of, seen_by
 from triton_attention.hopper.channel import (
     coordinates,
     hand_over,
@@ -113,8 +114,10 @@ def consume(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE: gl.cons
     i = 0
     number = first_number(call, SPEC, TILE)
     while number < num_blocks(call, SPEC, TILE):
-        here = call_of_keys(number, call, SPEC, TILE)
-        block = block_of(number, here, SPEC, TILE)
+        here = call
+        if SPEC.VARLEN:
+            here = call_of_block(number, call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
+        block = block_in(number, here, SPEC, TILE)
         start_n = block.start_n + INDEX * WARPGROUP_ROWS
         seen = seen_by(block, start_n, here, SPEC, TILE)
         dk = new_sums(SPEC.BLOCK_D, SPEC.TAIL_D)

@@ -19,7 +19,6 @@ from triton_attention.hopper.backward_walk import (
     Step,
     announce,
     block_of,
-    call_of_keys,
     first_number,
     first_step,
     following,
@@ -97,7 +96,7 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     ticket = no_ticket(channels.turns, SPEC)
     number = first_number(call, SPEC, TILE)
     while number < num_blocks(call, SPEC, TILE):
-        block = block_of(number, call_of_keys(number, call, SPEC, TILE), SPEC, TILE)
+        block = block_of(number, call, SPEC, TILE)
         if SPEC.VARLEN and not takes_turns(SPEC):  # perhaps no query sees them
             send_keys(channels, inputs, i, block, SPEC, TILE)
         for member in range(call.group):
@@ -284,7 +283,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     i = 0
     number = first_number(call, SPEC, TILE)
     while number < last_block:
-        block = block_of(number, call_of_keys(number, call, SPEC, TILE), SPEC, TILE)
+        block = block_of(number, call, SPEC, TILE)
         if not EARLY_KEYS:
             send_keys(channels, inputs, i, block, SPEC, TILE)
         keys_are_due = True  # those of the next block, when its first queries have been sent
@@ -299,9 +298,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                     if keys_are_due and to_send.i > i:
                         next_number = number_of(turns, i + 1, call, SPEC, TILE)
                         if next_number < last_block:
-                            next_call = call_of_keys(next_number, call, SPEC, TILE)
-                            next_block = block_of(next_number, next_call, SPEC, TILE)
-                            send_keys(channels, inputs, i + 1, next_block, SPEC, TILE)
+                            send_keys(channels, inputs, i + 1, block_of(next_number, call, SPEC, TILE), SPEC, TILE)
                         keys_are_due = False
                 wait_full(channels.dscores, step)
                 if SPEC.DBIAS == "tile":

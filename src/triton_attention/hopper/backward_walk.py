@@ -163,7 +163,15 @@ def num_blocks(call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """The `Block` of a number, whose call this is."""
+    """The `Block` of a number."""
+    if SPEC.VARLEN:
+        call = call_of_block(number, call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
+    return block_in(number, call, SPEC, TILE)
+
+
+@gluon.jit
+def block_in(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+    """The same, of packed sequences from the call of its own."""
     BLOCK_N: gl.constexpr = TILE.CONSUMERS * WARPGROUP_ROWS
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     start_n, head_kv, batch, sequence = block_of_number(number, call, True, BLOCK_N, SPEC)
@@ -178,14 +186,6 @@ def block_of(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     if SPEC.VARLEN:
         numbers = call.own.numbers
     return Block(start_n, head_kv, batch, first, last, sequence, numbers)
-
-
-@gluon.jit
-def call_of_keys(number, call, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """The call for a block of keys: of packed sequences that of its sequence."""
-    if SPEC.VARLEN:
-        call = call_of_block(number, call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
-    return call
 
 
 @gluon.jit
@@ -215,7 +215,7 @@ def seen_by(block, start_n, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 @gluon.jit
 def first_step(turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     number = first_number(call, SPEC, TILE)
-    block = block_of(number, call_of_keys(number, call, SPEC, TILE), SPEC, TILE)
+    block = block_of(number, call, SPEC, TILE)
     return Step(block.head_kv * call.group, block.first, block, number, 0, no_ticket(turns, SPEC))
 
 
@@ -234,8 +234,7 @@ def following(step, turns, call, SPEC: gl.constexpr, TILE: gl.constexpr):
             i += 1
             announce(turns, i, ticket, SPEC)
             number = number_of(turns, i, call, SPEC, TILE)
-            known = gl.minimum(number, num_blocks(call, SPEC, TILE) - 1)
-            block = block_of(known, call_of_keys(known, call, SPEC, TILE), SPEC, TILE)
+            block = block_of(gl.minimum(number, num_blocks(call, SPEC, TILE) - 1), call, SPEC, TILE)
             head = block.head_kv * call.group
         m = block.first
     return Step(head, m, block, number, i, ticket)

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from triton_attention.hopper.backward import store_key_dbias, store_rows
 from triton_attention.hopper.backward_assistant import produce
+from triton_attention.hopper.backward_call import call_of_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
 from triton_attention.hopper.backward_scores import (
     add_transposed_bias,
@@ -21,7 +22,7 @@ from triton_attention.hopper.backward_scores import (
     multiply_values,
     score_gradients,
 )
-from triton_attention.hopper.backward_walk import block_of, call_of_keys, seen_by
+from triton_attention.hopper.backward_walk import block_in, seen_by
 from triton_attention.hopper.channel import hand_over, release, tile_of, wait_empty, wait_full
 from triton_attention.hopper.columns import (
     Columns,
@@ -67,7 +68,7 @@ def consume_for_values(channels, inputs, gradients, call, SPEC: gl.constexpr, TI
     """
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     WHOLE: gl.constexpr = 0  # of the parts of a block of keys
-    block = block_of(gl.program_id(0), call, SPEC, TILE)
+    block = block_in(gl.program_id(0), call, SPEC, TILE)
     seen = seen_by(block, block.start_n, call, SPEC, TILE)
     dv = new_sums(SPEC.BLOCK_DV, SPEC.TAIL_DV)
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
@@ -117,7 +118,7 @@ def consume_for_keys(channels, inputs, gradients, call, SPEC: gl.constexpr, TILE
     """dS^T of one block of queries after the other, and dK."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
     WHOLE: gl.constexpr = 0
-    block = block_of(gl.program_id(0), call, SPEC, TILE)
+    block = block_in(gl.program_id(0), call, SPEC, TILE)
     dk = new_sums(SPEC.BLOCK_D, SPEC.TAIL_D)
     zero = gl.full([WARPGROUP_ROWS, BLOCK_M], 0.0, gl.float32, accumulator_layout(BLOCK_M))
     keys = block.start_n + gl.arange(0, WARPGROUP_ROWS, layout=rows_layout(BLOCK_M))
@@ -166,7 +167,9 @@ def attention_bwd_wide(
     `dv`, and with SPEC.DBIAS == "keys" the sums of dS over the queries, `dbias` (batch, heads_q, seqlen_k). Of packed
     sequences the grid has a program for each block that they may have, see `call_of_block`.
     """
-    own = call_of_keys(gl.program_id(0), call, SPEC, TILE)
+    own = call
+    if SPEC.VARLEN:
+        own = call_of_block(gl.program_id(0), call, True, TILE.CONSUMERS * WARPGROUP_ROWS, SPEC)
     inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), rows, bias)
     gradients = Gradients(0, Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
     channels = new_channels(inputs, None, SPEC, TILE, 2, tiles_of_weights(SPEC))
