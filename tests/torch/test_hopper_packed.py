@@ -12,8 +12,8 @@ from test_hopper_steps import Dealt, walking
 
 from triton_attention import attention_varlen, kernel
 from triton_attention.hopper import (
-    backward_assistant,
     backward_call,
+    backward_dq,
     backward_queries,
     backward_scores,
     backward_walk,
@@ -195,7 +195,7 @@ def test_an_assistant_sends_the_steps_of_one_block_after_the_other(lengths, mask
 
 
 def in_order_of_threads(tile, pieces):
-    """(64, columns) as `backward_assistant.multiply_keys` leaves it: one piece of the columns after the other."""
+    """(64, columns) as `backward_dq.multiply_keys` leaves it: one piece of the columns after the other."""
     order = (0, 4, 1, 3, 5, 2, 6)
     return torch.cat(
         [piece.reshape(1, 4, 2, 8, -1, 4, 2).permute(order).flatten() for piece in tile.chunk(pieces, dim=1)]
@@ -212,7 +212,7 @@ def test_sums_of_dq_begin_as_zeros_and_end_in_their_rows(lengths, head_dim, mask
     kernel.run(call.rows)
     assert not sums.any()
     tiles = sums.view(-1, 64 * head_dim)
-    tile_of_sums = as_python(backward_assistant.tile_of_sums, language([0]))
+    tile_of_sums = as_python(backward_dq.tile_of_sums, language([0]))
     dq = call.plan.dq.fill_(math.nan)[0]
     expected = torch.zeros(dq.shape)
     for found, block, parts in call.blocks(call.keys, True):

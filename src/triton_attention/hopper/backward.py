@@ -17,9 +17,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
-from triton_attention.hopper.backward_assistant import new_kept, serve
+from triton_attention.hopper.backward_assistant import serve
 from triton_attention.hopper.backward_call import call_of_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
+from triton_attention.hopper.backward_dq import new_place_of_dq
 from triton_attention.hopper.backward_scores import (
     add_transposed_bias,
     bias_gradients,
@@ -32,7 +33,6 @@ from triton_attention.hopper.backward_walk import block_in, first_number, num_bl
 from triton_attention.hopper.channel import (
     coordinates,
     hand_over,
-    new_tiles,
     release,
     tile_of,
     wait_empty,
@@ -55,7 +55,6 @@ from triton_attention.hopper.heads import load_seed, load_slope
 from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout, operand_layout, rows_layout
 from triton_attention.hopper.mask import mask_keys
 from triton_attention.hopper.narrow import narrow, unmarked
-from triton_attention.hopper.rows import PANEL
 from triton_attention.hopper.schedule import place_of_keys
 from triton_attention.hopper.softmax import LOG2_E
 
@@ -204,25 +203,19 @@ def attention_bwd(
     head of each batch entry once, and who visits it owns these rows of `dk` and `dv`. With SPEC.DBIAS == "tile" also
     these columns of `dbias` (batch, heads_q, seqlen_q, seqlen_k), written where a key is visible; with "keys" the sums
     of dS over the queries, `dbias` (batch, heads_q, seqlen_k). With SPEC.DQ == "added" a program adds its share to
-    `dq`, in no fixed order; everything else is the same bit for bit in every run. Packed sequences have
-    as many blocks as there can be, see `call_of_block`.
+    `dq`, in no fixed order; everything else is the same bit for bit in every run. With "kept" it has all blocks of one
+    head after the other, of which it owns `dq`, too. Packed sequences have as many blocks as there can be, see
+    `call_of_block`.
     """
     inputs = Inputs(Columns(q, q_tail), Columns(k, k_tail), Columns(v, v_tail), Columns(dout, dout_tail), rows, bias)
     gradients = Gradients(Columns(dq, dq_tail), Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
     ASSISTED: gl.constexpr = SPEC.DQ != "apart"
     channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, TILE.CONSUMERS if ASSISTED else 0)
-    if SPEC.DQ == "kept":
-        staging = new_kept(dq, SPEC, TILE)
-    elif SPEC.DQ == "added":
-        PIECES: gl.constexpr = TILE.BLOCK_M * SPEC.BLOCK_D // (dq.block_type.shape[2] * PANEL)
-        staging = Columns(new_tiles(dq, PIECES), new_tiles(dq_tail, 1))
-    else:
-        staging = 0
+    place = new_place_of_dq(gradients.dq, SPEC, TILE)
     fence_async_shared()
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     C2: gl.constexpr = 2
-    C3: gl.constexpr = 3
     REGISTERS: gl.constexpr = TILE.REGISTERS
     SERVING_WARPS: gl.constexpr = 4 if ASSISTED else 1
     if TILE.CONSUMERS == 2:
@@ -230,21 +223,10 @@ def attention_bwd(
             [
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
-                (serve, (channels, inputs, gradients, staging, call, SPEC, TILE)),
+                (serve, (channels, inputs, gradients, place, call, SPEC, TILE)),
             ],
             [4, SERVING_WARPS],
             [REGISTERS, TILE.SERVING_REGISTERS],
-        )
-    elif TILE.CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
-                (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
-                (consume, (channels, inputs, gradients, call, SPEC, TILE, C2)),
-                (serve, (channels, inputs, gradients, staging, call, SPEC, TILE)),
-            ],
-            [4, 4, SERVING_WARPS],
-            [REGISTERS, REGISTERS, TILE.SERVING_REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -252,9 +234,8 @@ def attention_bwd(
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C2)),
-                (consume, (channels, inputs, gradients, call, SPEC, TILE, C3)),
-                (serve, (channels, inputs, gradients, staging, call, SPEC, TILE)),
+                (serve, (channels, inputs, gradients, place, call, SPEC, TILE)),
             ],
-            [4, 4, 4, SERVING_WARPS],
-            [REGISTERS, REGISTERS, REGISTERS, TILE.SERVING_REGISTERS],
+            [4, 4, SERVING_WARPS],
+            [REGISTERS, REGISTERS, TILE.SERVING_REGISTERS],
         )

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
-from triton_attention._compat import add_to_global, copy_to_global, copy_to_shared, reinterpret
+from triton_attention._compat import copy_to_global, copy_to_shared
+from triton_attention.hopper.backward_dq import add_dq, begin_dq, end_dq
 from triton_attention.hopper.backward_walk import (
     Step,
     announce,
@@ -31,17 +27,13 @@ from triton_attention.hopper.backward_walk import (
 from triton_attention.hopper.channel import (
     bytes_of,
     coordinates,
-    new_tiles,
-    release,
     send,
-    tile_of,
     wait_empty,
     wait_full,
     whole_tile,
 )
-from triton_attention.hopper.columns import copy_columns, new_sums
-from triton_attention.hopper.layouts import WARPGROUP_ROWS, accumulator_layout
-from triton_attention.hopper.rows import PANEL
+from triton_attention.hopper.columns import copy_columns
+from triton_attention.hopper.layouts import WARPGROUP_ROWS
 from triton_attention.hopper.schedule import place_of_keys, place_of_queries
 
 
@@ -115,153 +107,7 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def dscores_of(channels, step, PART: gl.constexpr, HALF: gl.constexpr):
-    """The HALF-th 64 queries of dS that a consumer left."""
-    START: gl.constexpr = HALF * WARPGROUP_ROWS
-    return tile_of(channels.dscores.tiles, channels.dscores, step, PART).slice(START, WARPGROUP_ROWS)
-
-
-@gluon.jit
-def leave_piece(tile, dq, HALF: gl.constexpr):
-    """Store some columns of dS K of the HALF-th 64 queries in the order in which the threads of a warpgroup hold them,
-    so that none waits for another's bank of shared memory: `attention_bwd_dq` puts them in order."""
-    COLUMNS: gl.constexpr = dq.shape[1]
-    ROWS: gl.constexpr = WARPGROUP_ROWS * COLUMNS // PANEL
-    START: gl.constexpr = HALF * ROWS
-    dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([ROWS, PANEL])
-    tile.reshape([tile.shape[2], PANEL]).slice(START, ROWS).store(dq)
-
-
-@gluon.jit
-def multiply_keys(channels, staging, step, i, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Leave dS K of a step and of the i-th block of keys in `staging`: pieces with some of its columns each."""
-    PARTS: gl.constexpr = TILE.CONSUMERS
-    HALVES: gl.constexpr = TILE.BLOCK_M // WARPGROUP_ROWS
-    PIECES: gl.constexpr = staging.block.shape[0]
-    COLUMNS: gl.constexpr = SPEC.BLOCK_D // PIECES
-    K_PIECES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, COLUMNS], channels.k.tiles.dtype)
-    zero = new_sums(COLUMNS, SPEC.TAIL_D)
-    for piece in range(PIECES):
-        for half in gl.static_range(HALVES):
-            dq = zero.block
-            for part in gl.static_range(PARTS):
-                k = tile_of(channels.k.tiles, channels.k, i, part)
-                k = reinterpret(k, k.dtype, [PIECES, WARPGROUP_ROWS, COLUMNS], K_PIECES).index(piece)
-                dq = warpgroup_mma(dscores_of(channels, step, part, half), k, dq, use_acc=part > 0, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
-            if half == 0:
-                if piece == 0:
-                    tma.store_wait(0)  # the copies of the step before, and of dbias, have read
-            leave_piece(staging.block.index(piece), dq, half)
-    if SPEC.TAIL_D > 0:
-        for half in gl.static_range(HALVES):
-            dq = zero.tail
-            for part in gl.static_range(PARTS):
-                k = tile_of(channels.k.tails, channels.k, i, part)
-                dq = warpgroup_mma(dscores_of(channels, step, part, half), k, dq, use_acc=part > 0, is_async=True)
-            leave_piece(staging.tail.index(0), warpgroup_mma_wait(0, deps=[dq]), half)
-
-
-@gluon.jit
-def add_pieces(descriptors, staging, number):
-    """Add what was left in `staging` to the sums of a block of queries."""
-    PIECES: gl.constexpr = staging.block.shape[0]
-    ROWS: gl.constexpr = staging.block.shape[3]
-    if descriptors.tail is None:
-        TAIL_ROWS: gl.constexpr = 0
-    else:
-        TAIL_ROWS: gl.constexpr = staging.tail.shape[3]
-    first_row = number * (PIECES * ROWS + TAIL_ROWS)
-    for piece in gl.static_range(PIECES):
-        add_to_global(descriptors.block, [0, 0, first_row + piece * ROWS, 0], staging.block.index(piece))
-    if descriptors.tail is not None:
-        add_to_global(descriptors.tail, [0, 0, first_row + PIECES * ROWS, 0], staging.tail.index(0))
-
-
-@gluon.jit
-def tile_of_sums(block, head, m, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr):
-    """The number of the tile where dQ of a block of queries is summed; it is that of the program of
-    `attention_bwd_rows` that zeroes it."""
-    if SPEC.VARLEN:
-        first = head * (call.padded_q // BLOCK_M) + block.numbers // BLOCK_M
-    else:
-        first = (block.batch * call.heads_q + head) * (call.padded_q // BLOCK_M)
-    return first + m
-
-
-class Kept(NamedTuple):
-    """dQ of a matrix in shared memory, and the way by which it leaves."""
-
-    sums: object  # (tiles, 64 BLOCK_D / PANEL, PANEL) float32, in the order in which threads hold them
-    staging: object  # (slots, 1, 1, 64, BLOCK_D)
-
-
-@gluon.jit
-def new_kept(dq, SPEC: gl.constexpr, TILE: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    SHAPE: gl.constexpr = [TILE.DQ_TILES, WARPGROUP_ROWS * SPEC.BLOCK_D // PANEL, PANEL]
-    return Kept(gl.allocate_shared_memory(gl.float32, SHAPE, LAYOUT), new_tiles(dq, 2))
-
-
-@gluon.jit
-def as_panels(dq):
-    """Numbers of (64, COLUMNS) in the order in which the threads of a warpgroup hold them, PANEL in a row."""
-    COLUMNS: gl.constexpr = dq.shape[1]
-    dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
-    return dq.reshape([WARPGROUP_ROWS * COLUMNS // PANEL, PANEL])
-
-
-@gluon.jit
-def load_kept(tile, COLUMNS: gl.constexpr):
-    """(64, COLUMNS) of what was stored in that order."""
-    LAYOUT: gl.constexpr = accumulator_layout(COLUMNS)
-    order = as_panels(gl.full([WARPGROUP_ROWS, COLUMNS], 0.0, gl.float32, LAYOUT))
-    dq = tile.load(order.type.layout).reshape([COLUMNS // 8, 4, 8, 4, 2, 2])
-    return gl.convert_layout(dq.permute((1, 4, 2, 0, 3, 5)).reshape([WARPGROUP_ROWS, COLUMNS]), LAYOUT)
-
-
-@gluon.jit
-def clear_kept(kept, COLUMNS: gl.constexpr):
-    zero = as_panels(gl.full([WARPGROUP_ROWS, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS)))
-    TILES: gl.constexpr = kept.sums.shape[0]
-    for tile in gl.static_range(TILES):
-        kept.sums.index(tile).store(zero)
-
-
-@gluon.jit
-def accumulate_kept(channels, kept, step, i, m, SPEC: gl.constexpr, TILE: gl.constexpr):
-    """Add dS K of a step and of the i-th block of keys to the sums of the m-th block of queries."""
-    PARTS: gl.constexpr = TILE.CONSUMERS
-    HALVES: gl.constexpr = TILE.BLOCK_M // WARPGROUP_ROWS
-    for half in gl.static_range(HALVES):
-        tile = kept.sums.index(m * HALVES + half)
-        dq = load_kept(tile, SPEC.BLOCK_D)
-        for part in gl.static_range(PARTS):
-            k = tile_of(channels.k.tiles, channels.k, i, part)
-            dq = warpgroup_mma(dscores_of(channels, step, part, half), k, dq, is_async=True)
-        tile.store(as_panels(warpgroup_mma_wait(0, deps=[dq])))
-    if SPEC.DBIAS == "tile":
-        tma.store_wait(0)  # the copies of dbias have read
-
-
-@gluon.jit
-def store_kept(descriptors, kept, block, call, SPEC: gl.constexpr):
-    """Round dQ of a matrix and copy it to global memory; its sums begin with 0 again."""
-    zero = as_panels(gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D)))
-    SLOTS: gl.constexpr = kept.staging.shape[0]
-    tma.store_wait(0)  # those of the matrix before
-    for tile in range(gl.cdiv(call.seqlen_q, WARPGROUP_ROWS)):
-        dq = load_kept(kept.sums.index(tile), SPEC.BLOCK_D) * call.softmax_scale
-        kept.sums.index(tile).store(zero)
-        tma.store_wait(SLOTS - 1)
-        staging = kept.staging.index(tile % SLOTS)
-        staging.reshape([WARPGROUP_ROWS, SPEC.BLOCK_D]).store(dq.to(kept.staging.dtype))
-        fence_async_shared()
-        copy_to_global(descriptors.block, [block.batch, block.head_kv, tile * WARPGROUP_ROWS, 0], staging)
-
-
-@gluon.jit
-def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def assist(channels, inputs, gradients, place, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The warpgroup that serves the consumers: it copies their operands, and adds the dS K of the dS that they leave to
     the sum over all keys."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
@@ -270,8 +116,7 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
     EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
-    if SPEC.DQ == "kept":
-        clear_kept(staging, SPEC.BLOCK_D)
+    begin_dq(place, SPEC)
     to_send = first_step(turns, call, SPEC, TILE)
     if EARLY_KEYS:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
@@ -306,27 +151,18 @@ def assist(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE:
                         place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
                         tile = whole_tile(channels.dscores.tiles, channels.dscores, step, part)
                         copy_to_global(gradients.dbias, place, tile)
-                if SPEC.DQ == "kept":
-                    accumulate_kept(channels, staging, step, i, m, SPEC, TILE)
-                    release(channels.dscores, step)
-                else:
-                    multiply_keys(channels, staging, step, i, SPEC, TILE)
-                    release(channels.dscores, step)
-                    fence_async_shared()
-                    add_pieces(gradients.dq, staging, tile_of_sums(block, head, m, call, SPEC, BLOCK_M))
+                add_dq(gradients.dq, channels, place, step, i, block, head, m, call, SPEC, TILE)
                 step += 1
-        if SPEC.DQ == "kept":
-            if block.start_n + PARTS * WARPGROUP_ROWS >= call.seqlen_k:  # it was the last one of its matrix
-                store_kept(gradients.dq, staging, block, call, SPEC)
+        end_dq(gradients.dq, place, block, call, SPEC, TILE)
         i += 1
         number = number_of(turns, i, call, SPEC, TILE)
     tma.store_wait(0)
 
 
 @gluon.jit
-def serve(channels, inputs, gradients, staging, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def serve(channels, inputs, gradients, place, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """What runs beside the consumers."""
     if SPEC.DQ != "apart":
-        assist(channels, inputs, gradients, staging, call, SPEC, TILE)
+        assist(channels, inputs, gradients, place, call, SPEC, TILE)
     else:
         produce(channels, inputs, call, SPEC, TILE)
