@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton_attention.hopper.backward_assistant import serve
 from triton_attention.hopper.backward_call import call_of_block
 from triton_attention.hopper.backward_channels import LSE, Gradients, Inputs, load_numbers, new_channels
-from triton_attention.hopper.backward_dq import new_place_of_dq
+from triton_attention.hopper.backward_dq import new_dq_sums
 from triton_attention.hopper.backward_scores import (
     add_transposed_bias,
     bias_gradients,
@@ -211,7 +211,7 @@ def attention_bwd(
     gradients = Gradients(Columns(dq, dq_tail), Columns(dk, dk_tail), Columns(dv, dv_tail), dbias)
     ASSISTED: gl.constexpr = SPEC.DQ != "apart"
     channels = new_channels(inputs, counter, SPEC, TILE, TILE.CONSUMERS, TILE.CONSUMERS if ASSISTED else 0)
-    place = new_place_of_dq(gradients.dq, SPEC, TILE)
+    dq_sums = new_dq_sums(gradients.dq, SPEC, TILE)
     fence_async_shared()
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
@@ -223,7 +223,7 @@ def attention_bwd(
             [
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
-                (serve, (channels, inputs, gradients, place, call, SPEC, TILE)),
+                (serve, (channels, inputs, gradients, dq_sums, call, SPEC, TILE)),
             ],
             [4, SERVING_WARPS],
             [REGISTERS, TILE.SERVING_REGISTERS],
@@ -234,7 +234,7 @@ def attention_bwd(
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C0)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C1)),
                 (consume, (channels, inputs, gradients, call, SPEC, TILE, C2)),
-                (serve, (channels, inputs, gradients, place, call, SPEC, TILE)),
+                (serve, (channels, inputs, gradients, dq_sums, call, SPEC, TILE)),
             ],
             [4, 4, SERVING_WARPS],
             [REGISTERS, REGISTERS, TILE.SERVING_REGISTERS],

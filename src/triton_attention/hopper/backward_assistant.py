@@ -107,7 +107,7 @@ def produce(channels, inputs, call, SPEC: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def assist(channels, inputs, gradients, place, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def assist(channels, inputs, gradients, dq_sums, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """The warpgroup that serves the consumers: it copies their operands, and adds the dS K of the dS that they leave to
     the sum over all keys."""
     BLOCK_M: gl.constexpr = TILE.BLOCK_M
@@ -116,7 +116,7 @@ def assist(channels, inputs, gradients, place, call, SPEC: gl.constexpr, TILE: g
     EARLY_KEYS: gl.constexpr = TILE.KEYS_STAGES > 1
     turns = channels.turns
     last_block = num_blocks(call, SPEC, TILE)
-    begin_dq(place, SPEC)
+    begin_dq(dq_sums, SPEC)
     to_send = first_step(turns, call, SPEC, TILE)
     if EARLY_KEYS:
         send_keys(channels, inputs, 0, to_send.block, SPEC, TILE)
@@ -151,18 +151,18 @@ def assist(channels, inputs, gradients, place, call, SPEC: gl.constexpr, TILE: g
                         place = [block.batch, head, m * BLOCK_M, block.start_n + part * WARPGROUP_ROWS]
                         tile = whole_tile(channels.dscores.tiles, channels.dscores, step, part)
                         copy_to_global(gradients.dbias, place, tile)
-                add_dq(gradients.dq, channels, place, step, i, block, head, m, call, SPEC, TILE)
+                add_dq(gradients.dq, channels, dq_sums, step, i, block, head, m, call, SPEC, TILE)
                 step += 1
-        end_dq(gradients.dq, place, block, call, SPEC, TILE)
+        end_dq(gradients.dq, dq_sums, block, call, SPEC, TILE)
         i += 1
         number = number_of(turns, i, call, SPEC, TILE)
     tma.store_wait(0)
 
 
 @gluon.jit
-def serve(channels, inputs, gradients, place, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def serve(channels, inputs, gradients, dq_sums, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """What runs beside the consumers."""
     if SPEC.DQ != "apart":
-        assist(channels, inputs, gradients, place, call, SPEC, TILE)
+        assist(channels, inputs, gradients, dq_sums, call, SPEC, TILE)
     else:
         produce(channels, inputs, call, SPEC, TILE)

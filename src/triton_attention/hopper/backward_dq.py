@@ -32,19 +32,19 @@ class Kept(NamedTuple):
 
 
 @gluon.jit
-def new_place_of_dq(descriptors, SPEC: gl.constexpr, TILE: gl.constexpr):
+def new_dq_sums(descriptors, SPEC: gl.constexpr, TILE: gl.constexpr):
     """Shared memory for it: what is `Kept`, or the `Columns` of a block of queries on their way; 0 where dQ is made
     apart."""
     if SPEC.DQ == "kept":
         LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
         SHAPE: gl.constexpr = [TILE.DQ_TILES, WARPGROUP_ROWS * SPEC.BLOCK_D // PANEL, PANEL]
-        place = Kept(gl.allocate_shared_memory(gl.float32, SHAPE, LAYOUT), new_tiles(descriptors.block, 2))
+        dq_sums = Kept(gl.allocate_shared_memory(gl.float32, SHAPE, LAYOUT), new_tiles(descriptors.block, 2))
     elif SPEC.DQ == "added":
         PIECES: gl.constexpr = TILE.BLOCK_M * SPEC.BLOCK_D // (descriptors.block.block_type.shape[2] * PANEL)
-        place = Columns(new_tiles(descriptors.block, PIECES), new_tiles(descriptors.tail, 1))
+        dq_sums = Columns(new_tiles(descriptors.block, PIECES), new_tiles(descriptors.tail, 1))
     else:
-        place = 0
-    return place
+        dq_sums = 0
+    return dq_sums
 
 
 @gluon.jit
@@ -154,44 +154,44 @@ def add_to_kept(channels, kept, step, i, m, SPEC: gl.constexpr, TILE: gl.constex
 
 
 @gluon.jit
-def begin_dq(place, SPEC: gl.constexpr):
+def begin_dq(dq_sums, SPEC: gl.constexpr):
     """Before the first block of keys."""
     if SPEC.DQ == "kept":
-        TILES: gl.constexpr = place.sums.shape[0]
+        TILES: gl.constexpr = dq_sums.sums.shape[0]
         zero = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
         for tile in gl.static_range(TILES):
-            place.sums.index(tile).store(as_panels(zero))
+            dq_sums.sums.index(tile).store(as_panels(zero))
 
 
 @gluon.jit
 def add_dq(
-    descriptors, channels, place, step, i, block, head, m, call, SPEC: gl.constexpr, TILE: gl.constexpr
+    descriptors, channels, dq_sums, step, i, block, head, m, call, SPEC: gl.constexpr, TILE: gl.constexpr
 ):  # fmt: skip
     """Take in the dS of a step: of the m-th block of queries of a head, and the i-th block of keys of this program."""
     if SPEC.DQ == "kept":
-        add_to_kept(channels, place, step, i, m, SPEC, TILE)
+        add_to_kept(channels, dq_sums, step, i, m, SPEC, TILE)
         release(channels.dscores, step)
     else:
-        multiply_keys(channels, place, step, i, SPEC, TILE)
+        multiply_keys(channels, dq_sums, step, i, SPEC, TILE)
         release(channels.dscores, step)
         fence_async_shared()
-        add_pieces(descriptors, place, tile_of_sums(block, head, m, call, SPEC, TILE.BLOCK_M))
+        add_pieces(descriptors, dq_sums, tile_of_sums(block, head, m, call, SPEC, TILE.BLOCK_M))
 
 
 @gluon.jit
-def end_dq(descriptors, place, block, call, SPEC: gl.constexpr, TILE: gl.constexpr):
+def end_dq(descriptors, dq_sums, block, call, SPEC: gl.constexpr, TILE: gl.constexpr):
     """After a block of keys. If it was the last one of its head, what was kept is rounded and copied to global memory,
     and begins with 0 again."""
     if SPEC.DQ == "kept":
         if block.start_n + TILE.CONSUMERS * WARPGROUP_ROWS >= call.seqlen_k:
             zero = gl.full([WARPGROUP_ROWS, SPEC.BLOCK_D], 0.0, gl.float32, accumulator_layout(SPEC.BLOCK_D))
-            SLOTS: gl.constexpr = place.staging.shape[0]
+            SLOTS: gl.constexpr = dq_sums.staging.shape[0]
             tma.store_wait(0)  # those of the head before
             for tile in range(gl.cdiv(call.seqlen_q, WARPGROUP_ROWS)):
-                dq = from_panels(place.sums.index(tile), SPEC.BLOCK_D) * call.softmax_scale
-                place.sums.index(tile).store(as_panels(zero))
+                dq = from_panels(dq_sums.sums.index(tile), SPEC.BLOCK_D) * call.softmax_scale
+                dq_sums.sums.index(tile).store(as_panels(zero))
                 tma.store_wait(SLOTS - 1)
-                staging = place.staging.index(tile % SLOTS)
-                staging.reshape([WARPGROUP_ROWS, SPEC.BLOCK_D]).store(dq.to(place.staging.dtype))
+                staging = dq_sums.staging.index(tile % SLOTS)
+                staging.reshape([WARPGROUP_ROWS, SPEC.BLOCK_D]).store(dq.to(dq_sums.staging.dtype))
                 fence_async_shared()
                 copy_to_global(descriptors.block, [block.batch, block.head_kv, tile * WARPGROUP_ROWS, 0], staging)
