@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from triton_attention.hopper import support
-from triton_attention.hopper.configs import BACKWARD_ROWS, KEYS_ROWS, QUERIES_ROWS, ROWS
+from triton_attention.hopper.configs import BACKWARD_ROWS, KEPT_ROWS, KEYS_ROWS, QUERIES_ROWS, ROWS
 from triton_attention.kernel import compile_launch
 from triton_attention.problem import Mask
 from triton_attention.testing import CASES, Case, make_inputs
@@ -32,7 +32,7 @@ def larger(head_dim, mask, bias=None, bias_dtype=None, seqlen=2048, **extras):
 
 
 LARGER = (
-    *(larger(head_dim, FULL) for head_dim in (96, 128, 192, 256)),
+    *(larger(head_dim, FULL) for head_dim in (96, 128, 160, 192, 256)),
     *(larger(head_dim, WINDOW) for head_dim in (80, 128, 160, 256)),
     *(larger(head_dim, CAUSAL) for head_dim in (80, 96, 160, 192)),
     *(larger(64, mask, seqlen=seqlen) for mask in (FULL, CAUSAL) for seqlen in (1024, 16384)),
@@ -59,6 +59,10 @@ LARGER = (
     *(larger(head_dim, CAUSAL, bias, **DENSE_EXTRAS) for head_dim in (96, 192) for bias in ("bhqk", "b11k")),
     *(larger(head_dim, CAUSAL, "bhqk") for head_dim in (80, 96)),
     larger(96, CAUSAL, head_dim_v=64),
+    *(
+        larger(32, mask, bias, seqlen=200, batch=132, heads_q=4)  # so many heads that dq is kept
+        for mask, bias in ((FULL, "1hqk"), (FULL, "b11k"), (CAUSAL, "bhqk"), (CAUSAL, None))
+    ),
     *(larger(head_dim, CAUSAL, "1hqk", **ALL_EXTRAS) for head_dim in (64, 128)),
     *(larger(head_dim, WINDOW, **extras) for head_dim in (64, 128, 256) for extras in (PACKED_EXTRAS, ALL_EXTRAS)),
     *(larger(head_dim, CAUSAL, lengths=LENGTHS, dropout_p=0.1) for head_dim in (64, 128, 256)),
@@ -126,4 +130,4 @@ def test_no_shared_memory_is_unused(launch):
 
 def test_every_row_of_the_tables_is_compiled():
     taken = {variant.values[0].tile for variant in VARIANTS}
-    assert {row.tile for row in (*ROWS, *BACKWARD_ROWS, *KEYS_ROWS, *QUERIES_ROWS)} <= taken
+    assert {row.tile for row in (*ROWS, *BACKWARD_ROWS, *KEPT_ROWS, *KEYS_ROWS, *QUERIES_ROWS)} <= taken
