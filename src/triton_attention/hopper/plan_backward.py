@@ -145,12 +145,11 @@ def plan_backward(
         VARLEN=packed,
     )  # fmt: skip
     blocks_m = ceil_div(seqlen_q, _ROWS) if packing is None else first_tile(q.shape[1], batch, _ROWS) + 1
-    way = _way_of_dq(q, k, v, spec, addend, blocks_m, deterministic, num_sms)
+    way = _way_of_dq(q, k, spec, addend, blocks_m, deterministic, num_sms)
     dbias_of_keys = kind if kind == "keys" or (kind == "tile" and way != "apart") else "none"  # a tile comes with dq
     spec_of_keys = replace(spec, DBIAS=dbias_of_keys, DQ=way)
-    tile_of_keys = keys_tile_for(spec_of_keys, addend.size, k.shape[1])
-    if way == "kept":
-        tile_of_keys = kept_tile_for(spec, addend.size, seqlen_q) or tile_of_keys
+    tile_of_keys = kept_tile_for(spec, addend.size, seqlen_q) if way == "kept" else None
+    tile_of_keys = tile_of_keys or keys_tile_for(spec_of_keys, addend.size, k.shape[1])
     block_m = tile_of_keys.BLOCK_M
     blocks_m = ceil_div(blocks_m * _ROWS, block_m)
     rows = q.new_empty(q.shape[0], heads, 2, blocks_m * block_m, dtype=torch.float32)
@@ -205,9 +204,8 @@ def plan_backward(
 
 
 def _way_of_dq(
-    q: Tensor, k: Tensor, v: Tensor, spec: BackwardSpec, addend: _Addend, blocks_m: int, deterministic: bool,
-    num_sms: int,
-) -> str:  # fmt: skip
+    q: Tensor, k: Tensor, spec: BackwardSpec, addend: _Addend, blocks_m: int, deterministic: bool, num_sms: int
+) -> str:
     """How dq is made, see `BackwardSpec.DQ`."""
     if padded_head_dim(spec) > REGISTER_HEAD_DIM or (spec.BLOCK_D, spec.TAIL_D) != (spec.BLOCK_DV, spec.TAIL_DV):
         return "apart"  # dk takes the way of dv
