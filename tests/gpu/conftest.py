@@ -67,8 +67,8 @@ class Report:
         if report.failed or time.time() - self.written > SECONDS_BETWEEN_REPORTS:
             self.write(finished=False)
 
-    def pytest_sessionfinish(self):
-        self.write(finished=True)
+    def pytest_sessionfinish(self, exitstatus):
+        self.write(finished=exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
 
     def write(self, finished):
         if not torch.cuda.is_available():
