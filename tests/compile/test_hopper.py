@@ -55,8 +55,8 @@ LARGER = (
         for bias in ("1hqk", "b11k")
         for extras in (*CHANGES, DENSE_EXTRAS)
     ),
-    *(larger(head_dim, CAUSAL, **extras) for head_dim in (96, 192) for extras in EXTRAS),
-    *(larger(head_dim, CAUSAL, bias, **DENSE_EXTRAS) for head_dim in (96, 192) for bias in ("bhqk", "b11k")),
+    *(larger(head_dim, CAUSAL, **extras) for head_dim in (96, 192) for extras in (DENSE_EXTRAS, PACKED_EXTRAS)),
+    larger(96, CAUSAL, "b11k", **DENSE_EXTRAS),
     *(larger(head_dim, CAUSAL, "bhqk") for head_dim in (80, 96)),
     larger(96, CAUSAL, head_dim_v=64),
     *(
